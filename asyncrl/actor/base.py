@@ -1,0 +1,371 @@
+"""The life of an actor: open, loops in one TaskGroup, drain, close. A loop that ends or fails ends the actor.
+
+Every actor dials the supervisor (control link) and every actor but the buffer dials the buffer (desk link).
+Each link has one reader loop here; a role reacts in `handle` and does its work in `loops`. Compute never runs
+on the event loop: `compute` is the one way to a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from asyncrl.errors import AsyncrlError, ExitCode, ProtocolError, StalledError
+from asyncrl.link import ClientLink, Delivery, Hub, Key, LinkClosed, connect
+from asyncrl.messages.codec import Body, schema_hash
+from asyncrl.messages.control import (
+    PROTOCOL,
+    Drain,
+    Exiting,
+    Finish,
+    FromBuffer,
+    FromSupervisor,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Refused,
+    Stop,
+    Telemetry,
+    ToBuffer,
+    ToSupervisor,
+    Welcome,
+)
+from asyncrl.obs.metrics import MetricsWriter, Waits
+from asyncrl.obs.view import MemberUpdate, Update
+from asyncrl.topology.plan import Plan
+
+T = TypeVar("T")
+
+WELCOME_DEADLINE_S = 60.0
+"""How long an actor waits for the buffer's answer to its hello."""
+LAST_WORDS_S = 1.0
+"""How long a leaving actor tries to deliver what it has sent."""
+
+SCHEMA = schema_hash([ToBuffer, FromBuffer, ToSupervisor, FromSupervisor])
+"""What this code's messages look like; peers built from other code are refused."""
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What an actor is given; one per life of an actor."""
+
+    name: str
+    role: str
+    incarnation: str
+    plan: Plan
+    run_dir: Path
+    attempt_dir: Path
+    control_address: str
+    desk_address: str = ""
+    """The buffer's; for the buffer itself, where it shall listen."""
+    index: int | None = None
+    """Position of its table among [[generator]] or [[reward]]."""
+    hub: Hub | None = None
+    key: Key | None = None
+    resumed: bool = False
+    """The run directory is that of an interrupted run."""
+    host: str = ""
+    waits: Waits = field(default_factory=Waits)
+
+
+class Actor:
+    """Base of every role; see the module's docstring."""
+
+    role = ""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.name = context.name
+        self.plan = context.plan
+        self.waits = context.waits
+        self.log = structlog.stdlib.get_logger().bind(actor=context.name)
+        self.state = "starting"
+        self.gauges: dict[str, float] = {}
+        self.exit_code = ExitCode.FINISHED
+        self.metrics = MetricsWriter(context.run_dir / "metrics" / f"{context.name}.jsonl")
+        self._done = asyncio.Event()
+        self._control: ClientLink | None = None
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{context.name}-compute")
+
+    # What a role overrides.
+
+    async def open(self) -> None:
+        """Get ready before anything is promised: load a model, open files."""
+
+    async def begin(self) -> None:
+        """Dial whom the role needs; nothing that takes long (heartbeats start after it)."""
+
+    async def ready(self) -> None:
+        """Get ready for work, with heartbeats running; the loops start after it."""
+
+    def loops(self) -> Sequence[Coroutine[Any, Any, None]]:
+        """The work."""
+        return []
+
+    async def on_control(self, message: Any) -> None:
+        """A message from the supervisor other than Drain and Stop."""
+
+    async def drain(self) -> None:
+        """Finish or hand back what is held, then `leave`."""
+        self.leave(ExitCode.DRAINED)
+
+    async def close(self) -> None:
+        """Let go of everything; called in any case."""
+
+    def member(self) -> MemberUpdate:
+        """What this actor reports about itself."""
+        longest = self.waits.longest()
+        return MemberUpdate(
+            name=self.name,
+            role=self.role,
+            state=self.state,
+            wall_s=self.waits.wall_s(),
+            busy_s=self.waits.busy_s(),
+            waits=self.waits.snapshot(),
+            waits_for=longest[0] if longest else "",
+            waits_for_s=longest[1] if longest else 0.0,
+        )
+
+    # What a role uses.
+
+    def leave(self, code: ExitCode = ExitCode.FINISHED) -> None:
+        """End this actor; `run` returns `code`."""
+        self.exit_code = code
+        self._done.set()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether `leave` was called."""
+        return self._done.is_set()
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """Run blocking work on the actor's one compute thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def tell(self, *updates: Update) -> None:
+        """Show people something now."""
+        await self._telemetry(list(updates))
+
+    # The life.
+
+    async def run(self) -> ExitCode:
+        """Live; returns the exit code. Raises what ended the actor, an AsyncrlError where it can be named."""
+        try:
+            await self._dial_control()
+            await self.open()
+            await self.begin()
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self._read_control()), tasks.create_task(self._heartbeat())]
+                await self.ready()
+                self.state = "running"
+                running += [tasks.create_task(self._guard(loop)) for loop in self.loops()]
+                await self._done.wait()
+                for task in running:
+                    task.cancel()
+            await self._say(Exiting(name=self.name, code=int(self.exit_code)))
+        except BaseExceptionGroup as group:
+            error = first_error(group)
+            await self._last_words(error)
+            raise error from None
+        except (AsyncrlError, OSError, ValueError) as error:
+            await self._last_words(error)
+            raise
+        finally:
+            await self._end()
+        return self.exit_code
+
+    async def _guard(self, loop: Coroutine[Any, Any, None]) -> None:
+        """A work loop that returns ends the actor."""
+        await loop
+        self._done.set()
+
+    async def _last_words(self, error: BaseException) -> None:
+        code = error.exit_code if isinstance(error, AsyncrlError) else ExitCode.FAILED
+        text = str(error) if isinstance(error, AsyncrlError) else f"{type(error).__name__}: {error}"
+        # The supervisor may be what failed; our own error is the one to report.
+        with contextlib.suppress(AsyncrlError, OSError):
+            await self._say(Exiting(name=self.name, code=int(code), message=text))
+
+    async def _end(self) -> None:
+        self.state = "left"
+        try:
+            await self.close()
+        finally:
+            self.metrics.close()
+            if self._control is not None:
+                await self._control.close(linger_s=LAST_WORDS_S)
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # Control.
+
+    def hello(self, *, address: str = "") -> Hello:
+        """The first message on a link."""
+        return Hello(
+            name=self.name,
+            role=self.role,
+            incarnation=self.context.incarnation,
+            protocol=PROTOCOL,
+            schema=SCHEMA,
+            host=self.context.host,
+            pid=os.getpid(),
+            address=address,
+            run_id=self.plan.topology.run.name,
+        )
+
+    async def _dial_control(self) -> None:
+        self._control = connect(
+            self.context.control_address,
+            identity=f"{self.name}.{self.context.incarnation}".encode(),
+            receives=FromSupervisor,
+            security=self.context.key,
+            hub=self.context.hub,
+        )
+        await self._control.send(self.hello())
+
+    async def _say(self, message: msgspec.Struct) -> None:
+        if self._control is not None:
+            await self._control.send(message)
+
+    async def _read_control(self) -> None:
+        """consumes: drain, stop and what `on_control` takes    waits for: the supervisor, for ever"""
+        assert self._control is not None
+        while True:
+            message = (await self._control.recv()).message
+            match message:
+                case Drain():
+                    self.state = "draining"
+                    await self.drain()
+                case Stop():
+                    self.leave(ExitCode.DRAINED if self.state == "draining" else ExitCode.FINISHED)
+                case _:
+                    await self.on_control(message)
+
+    async def _heartbeat(self) -> None:
+        """produces: heartbeats and telemetry, every heartbeat_s    waits for: the clock"""
+        every = self.plan.topology.run.heartbeat_s
+        while True:
+            await self.beat()
+            await self._telemetry([])
+            await asyncio.sleep(every)
+
+    async def beat(self) -> None:
+        """One heartbeat to whoever gives leases."""
+
+    async def _telemetry(self, updates: list[Update]) -> None:
+        facts = msgspec.json.encode([*updates, self.member()])
+        await self._say(Telemetry(name=self.name, state=self.state, gauges=self.gauges, facts=facts))
+
+
+class DeskActor(Actor):
+    """An actor that dials the buffer."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._desk: ClientLink | None = None
+        self._welcome: Welcome | None = None
+        self.version: tuple[int, int] = (-1, 0)
+        """(version, incarnation) it serves; named in every heartbeat."""
+
+    async def on_welcome(self, welcome: Welcome) -> None:
+        """The buffer has answered the hello."""
+
+    async def handle(self, message: Any, frames: list[bytes]) -> None:
+        """A message from the buffer other than Welcome, Refused and Finish. Must not block."""
+
+    async def on_finish(self, message: Finish) -> None:
+        """The run is over."""
+        del message
+        self.leave()
+
+    async def begin(self) -> None:
+        self._desk = connect(
+            self.context.desk_address,
+            identity=f"{self.name}.{self.context.incarnation}".encode(),
+            receives=FromBuffer,
+            security=self.context.key,
+            hub=self.context.hub,
+        )
+        await self._desk.send(self.hello())
+        with self.waits("welcome"):
+            delivery = await self._first_answer(self._desk)
+        if isinstance(delivery.message, Refused):
+            raise ProtocolError(f"{self.name}: the buffer refused us: {delivery.message.reason}")
+        assert isinstance(delivery.message, Welcome)
+        self._welcome = delivery.message
+
+    async def ready(self) -> None:
+        assert self._welcome is not None, "the buffer has answered"
+        await self.on_welcome(self._welcome)
+
+    async def _first_answer(self, desk: ClientLink) -> Delivery:
+        try:
+            async with asyncio.timeout(WELCOME_DEADLINE_S):
+                return await desk.recv()
+        except TimeoutError:
+            raise StalledError(
+                f"{self.name}: no answer from the buffer at {self.context.desk_address} in {WELCOME_DEADLINE_S:.0f} s"
+            ) from None
+
+    def loops(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return [self._read_desk(), *self.work()]
+
+    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
+        """The role's own loops."""
+        return []
+
+    async def send(self, message: msgspec.Struct, frames: Sequence[Body] = ()) -> None:
+        """Say something to the buffer."""
+        assert self._desk is not None, "not connected yet"
+        await self._desk.send(message, frames)
+
+    async def _read_desk(self) -> None:
+        """consumes: everything the buffer says    waits for: the buffer    produces: calls of `handle`"""
+        assert self._desk is not None
+        while True:
+            delivery = await self._desk.recv()
+            match delivery.message:
+                case Finish():
+                    await self.on_finish(delivery.message)
+                case Refused():
+                    raise ProtocolError(f"{self.name}: the buffer refused us: {delivery.message.reason}")
+                case _:
+                    await self.handle(delivery.message, delivery.frames)
+
+    async def beat(self) -> None:
+        await self.send(Heartbeat(version=self.version[0], incarnation=self.version[1]))
+
+    async def _end(self) -> None:
+        if self._desk is not None:
+            with contextlib.suppress(LinkClosed, OSError):
+                await self._desk.send(Goodbye(reason=self.state))
+            await self._desk.close(linger_s=LAST_WORDS_S)
+        await super()._end()
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that a group of them is about: the first that is not a cancellation."""
+    flat: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            stack = [*error.exceptions, *stack]
+        else:
+            flat.append(error)
+    named = [error for error in flat if isinstance(error, AsyncrlError)]
+    return (named or flat)[0]
+
+
+def monotonic() -> float:
+    """The clock of leases and silences."""
+    return time.monotonic()

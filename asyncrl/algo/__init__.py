@@ -1,0 +1,1 @@
+"""The mathematics of training: pure functions on tensors, no configuration, no state, no clock."""

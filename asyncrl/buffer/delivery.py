@@ -1,0 +1,109 @@
+"""Recorded batches and finished evaluations on their way out: in pieces, within the receiver's byte window.
+
+A piece larger than the window passes when nothing is under way. What is sent is read from the tables, so a
+batch that is delivered again is the same to the byte.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from asyncrl.buffer.states import Outgoing
+from asyncrl.buffer.store import Store, batch_parts, evaluation_parts
+from asyncrl.messages.control import BatchPart, Evaluated, GroupParts, Message
+
+MAX_FRAMES = 4096
+"""Frames of one piece; well below the link's limit."""
+PIECE_BYTES = 8 << 20
+"""Bytes of one piece, unless one group alone is larger."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """A message with its bodies, not read yet."""
+
+    peer: bytes
+    message: Message
+    bodies: list[int]
+    num_bytes: int
+    windowed: bool
+
+
+class Courier:
+    """Used on the store's thread, but for `credit`, which only adds."""
+
+    def __init__(self, store: Store, *, window_bytes: int) -> None:
+        self._store = store
+        self._window_bytes = window_bytes
+        self._under_way = 0
+        self._pieces: deque[Piece] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `take` would return something."""
+        return bool(self._pieces) and self._fits(self._pieces[0])
+
+    def credit(self, num_bytes: int) -> None:
+        """The trainer has taken in so many bytes."""
+        self._under_way = max(0, self._under_way - num_bytes)
+
+    def forget(self, peer: bytes) -> None:
+        """A receiver is gone: what was for it is dropped."""
+        self._pieces = deque(piece for piece in self._pieces if piece.peer != peer)
+        self._under_way = 0
+
+    def queue_batch(self, peer: bytes, batch: int) -> None:
+        """A recorded batch for the trainer."""
+        row = self._store.db.execute(
+            "select digest from trained where batch = ? order by incarnation desc limit 1", (batch,)
+        ).fetchone()
+        pieces = self._split(batch_parts(self._store.db, batch))
+        for part, (groups, bodies, num_bytes) in enumerate(pieces):
+            message = BatchPart(
+                batch=batch,
+                part=part,
+                num_parts=len(pieces),
+                groups=groups,
+                num_bytes=num_bytes,
+                recorded_digest=row[0] if row else "",
+            )
+            self._pieces.append(Piece(peer, message, bodies, num_bytes, windowed=True))
+
+    def queue_evaluation(self, peer: bytes, version: int, incarnation: int) -> None:
+        """A finished evaluation for the evaluator."""
+        pieces = self._split(evaluation_parts(self._store.db, version, incarnation)) or [([], [], 0)]
+        for part, (groups, bodies, num_bytes) in enumerate(pieces):
+            message = Evaluated(
+                version=version, incarnation=incarnation, part=part, num_parts=len(pieces), groups=groups
+            )
+            self._pieces.append(Piece(peer, message, bodies, num_bytes, windowed=False))
+
+    def take(self) -> list[tuple[Outgoing, list[bytes]]]:
+        """What may leave now, with its frames."""
+        ready = []
+        while self._pieces and self._fits(self._pieces[0]):
+            piece = self._pieces.popleft()
+            if piece.windowed:
+                self._under_way += piece.num_bytes
+            ready.append((Outgoing(piece.peer, piece.message), self._store.read(piece.bodies)))
+        return ready
+
+    def _fits(self, piece: Piece) -> bool:
+        return not piece.windowed or not self._under_way or self._under_way + piece.num_bytes <= self._window_bytes
+
+    def _split(
+        self, groups: list[tuple[GroupParts, list[int]]]
+    ) -> list[tuple[list[GroupParts], list[int], int]]:
+        pieces: list[tuple[list[GroupParts], list[int], int]] = []
+        for parts, bodies in groups:
+            size = self._store.size_of(bodies)
+            if pieces:
+                last_parts, last_bodies, last_size = pieces[-1]
+                if last_size + size <= PIECE_BYTES and len(last_bodies) + len(bodies) <= MAX_FRAMES:
+                    last_parts.append(parts)
+                    last_bodies.extend(bodies)
+                    pieces[-1] = (last_parts, last_bodies, last_size + size)
+                    continue
+            pieces.append(([parts], list(bodies), size))
+        return pieces

@@ -1,0 +1,94 @@
+"""Workers and leases: who is here, how much room each has, what each holds, who fell silent.
+
+Pure bookkeeping: time comes in with every call. Identity is name plus incarnation, never an address.
+"""
+
+from __future__ import annotations
+
+from asyncrl.buffer.states import LeaseRecord, WorkerRecord
+from asyncrl.messages.control import Hello, Kind, Want
+
+
+class Fleet:
+    """See the module's docstring."""
+
+    def __init__(self, *, dead_after_s: float) -> None:
+        self.dead_after_s = dead_after_s
+        self.workers: dict[bytes, WorkerRecord] = {}
+        self.leases: dict[int, LeaseRecord] = {}
+        self._by_identity: dict[tuple[str, str], WorkerRecord] = {}
+        self._last_tick: float | None = None
+
+    def join(self, peer: bytes, hello: Hello, now: float) -> WorkerRecord:
+        """A worker said hello; leases of the same life stay its own (it reconnected)."""
+        worker = WorkerRecord(peer, hello.name, hello.role, hello.incarnation, now)
+        worker.leases = {
+            lease.fence
+            for lease in self.leases.values()
+            if (lease.worker, lease.incarnation) == (hello.name, hello.incarnation)
+        }
+        self.workers[peer] = worker
+        self._by_identity[(worker.name, worker.incarnation)] = worker
+        return worker
+
+    def leave(self, worker: WorkerRecord) -> list[LeaseRecord]:
+        """Forget a worker; returns the leases it held, which are no longer valid."""
+        self.workers.pop(worker.peer, None)
+        self._by_identity.pop((worker.name, worker.incarnation), None)
+        return [self.leases.pop(fence) for fence in sorted(worker.leases) if fence in self.leases]
+
+    def find(self, name: str, incarnation: str) -> WorkerRecord | None:
+        """The worker with this identity, if it is here."""
+        return self._by_identity.get((name, incarnation))
+
+    def with_role(self, role: str) -> list[WorkerRecord]:
+        """Workers of one role, in the order they came."""
+        return [worker for worker in self.workers.values() if worker.role == role]
+
+    def only(self, role: str) -> WorkerRecord | None:
+        """The one actor of a role that has one (source, trainer, evaluator); the newest if it was replaced."""
+        workers = self.with_role(role)
+        return workers[-1] if workers else None
+
+    def want(self, worker: WorkerRecord, want: Want) -> None:
+        """Add credit."""
+        worker.credit[want.kind] = worker.credit.get(want.kind, 0) + want.samples
+        worker.credit_bytes += want.num_bytes
+        worker.capacity = max(worker.capacity, want.capacity)
+        if want.kind is Kind.GENERATE:
+            worker.version, worker.version_incarnation = want.version, want.incarnation
+
+    def grant(self, worker: WorkerRecord, lease: LeaseRecord) -> None:
+        """Spend credit on a lease."""
+        self.leases[lease.fence] = lease
+        worker.leases.add(lease.fence)
+        worker.credit[lease.kind] -= len(lease.indices)
+        worker.credit_bytes -= lease.num_bytes
+
+    def fits(self, worker: WorkerRecord, num_bytes: int) -> bool:
+        """Whether the worker's byte window takes an item; one larger than it passes when it holds nothing."""
+        return worker.credit_bytes >= num_bytes or not worker.leases
+
+    def end(self, lease: LeaseRecord) -> None:
+        """A lease has nothing left to do."""
+        self.leases.pop(lease.fence, None)
+        worker = self.find(lease.worker, lease.incarnation)
+        if worker is not None:
+            worker.leases.discard(lease.fence)
+            if worker.alone == lease.fence:
+                worker.alone = 0
+
+    def silent(self, now: float, *, every_s: float) -> list[WorkerRecord]:
+        """Workers not heard of for `dead_after_s`; time in which the buffer itself stood still is not charged.
+
+        Args:
+            now: the present time.
+            every_s: how often this is called when nothing is wrong.
+        """
+        if self._last_tick is not None:
+            stood_still = now - self._last_tick - 2 * every_s
+            if stood_still > 0:
+                for worker in self.workers.values():
+                    worker.last_seen += stood_still
+        self._last_tick = now
+        return [worker for worker in self.workers.values() if now - worker.last_seen > self.dead_after_s]

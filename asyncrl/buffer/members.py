@@ -1,0 +1,180 @@
+"""Events about actors: they join, leave, fall silent; the trainer trains, publishes, saves."""
+
+from __future__ import annotations
+
+import msgspec
+
+from asyncrl.buffer.ledger import TICK_S, Ledger
+from asyncrl.buffer.states import WorkerRecord
+from asyncrl.messages.control import (
+    Committed,
+    Hello,
+    MemberLost,
+    NewVersion,
+    Published,
+    Saved,
+    Swapped,
+    Trained,
+    TrainerStart,
+    Welcome,
+)
+from asyncrl.messages.sample import Settled
+
+
+class Members:
+    """See the module's docstring."""
+
+    def __init__(self, ledger: Ledger, *, run_id: str) -> None:
+        self.ledger = ledger
+        self.run_id = run_id
+        self.incarnation = 0
+        """Number of the trainer's present life."""
+        self.trainer_life = ""
+        """Its process's own incarnation."""
+        self.checkpoints: dict[int, str] = {}
+        """Rollout step -> directory of the newest committed checkpoint there."""
+
+    def join(self, peer: bytes, hello: Hello, now: float) -> None:
+        """An actor said hello (again)."""
+        ledger = self.ledger
+        for other in ledger.fleet.with_role(hello.role):
+            if other.name == hello.name and other.incarnation != hello.incarnation:
+                self._remove(other, "replaced", now, ours=True)
+        worker = ledger.fleet.join(peer, hello, now)
+        ledger.book.row("member", hello.name, hello.incarnation, hello.role, hello.host, hello.pid, now)
+        start = self._start_trainer(worker, now) if hello.role == "trainer" else None
+        welcome = Welcome(
+            run_id=self.run_id,
+            announced=ledger.versions.announced,
+            trainer=start,
+            cursor=ledger.cursor if hello.role == "source" else b"",
+            next_group=ledger.book.next_group,
+        )
+        ledger.book.send(peer, welcome)
+        evaluation = ledger.versions.evaluation
+        if hello.role == "evaluator" and evaluation is not None and evaluation.done and not evaluation.seen:
+            ledger.book.deliver_evaluation(evaluation.version, evaluation.incarnation)
+
+    def _start_trainer(self, worker: WorkerRecord, now: float) -> TrainerStart:
+        ledger = self.ledger
+        step = max(self.checkpoints, default=0)
+        if worker.incarnation != self.trainer_life:
+            self.incarnation += 1
+            self.trainer_life = worker.incarnation
+            self._rewind(step)
+            row = (self.incarnation, worker.incarnation, self.checkpoints.get(step, ""), step, now)
+            ledger.book.row("incarnation", *row)
+        ledger.batches.on_delivery = step
+        return TrainerStart(
+            incarnation=self.incarnation,
+            checkpoint=self.checkpoints.get(step, ""),
+            published=ledger.versions.published,
+            num_batches=ledger.batches.next_batch,
+        )
+
+    def _rewind(self, step: int) -> None:
+        """Batches trained after the checkpoint are back to `batched`: their training is lost."""
+        undone = self.ledger.batches.rewind(step)
+        for record in undone:
+            self.ledger.book.count_settled(
+                Settled.TRAINED, groups=-record.groups, samples=-record.samples, tokens=-record.tokens
+            )
+        if undone:
+            self.ledger.book.row("untrain_groups", step)
+            self.ledger.book.row("untrain_samples", step)
+
+    def leave(self, worker: WorkerRecord, reason: str, now: float) -> None:
+        """It said goodbye."""
+        self._remove(worker, reason, now, ours=True)
+
+    def lost(self, message: MemberLost, now: float) -> None:
+        """The supervisor saw it die."""
+        worker = self.ledger.fleet.find(message.name, message.incarnation)
+        if worker is not None:
+            self._remove(worker, message.reason, now, ours=message.ours)
+
+    def _remove(self, worker: WorkerRecord, reason: str, now: float, *, ours: bool) -> None:
+        self.ledger.book.seq += 1
+        leases = self.ledger.fleet.leave(worker)
+        self.ledger.release(leases, reason, now, ours=ours)
+        self.ledger.book.row("member_left", now, reason, worker.name, worker.incarnation)
+
+    def tick(self, now: float) -> list[str]:
+        """Remove workers that fell silent; returns their names."""
+        silent = self.ledger.fleet.silent(now, every_s=TICK_S)
+        for worker in silent:
+            self._remove(worker, f"silent for {now - worker.last_seen:.1f} s", now, ours=False)
+        return [worker.name for worker in silent]
+
+    # The trainer.
+
+    def trained(self, worker: WorkerRecord, message: Trained, now: float) -> None:
+        """A batch is trained; a repeat, or the word of a replaced trainer, changes nothing."""
+        ledger = self.ledger
+        if message.incarnation != self.incarnation or message.batch not in ledger.batches.records:
+            ledger.book.totals["refused.results"] += 1
+            return
+        record = ledger.batches.mark_trained(message.batch)
+        if record is not None:
+            ledger.book.seq += 1
+            ledger.book.count_settled(
+                Settled.TRAINED, groups=record.groups, samples=record.samples, tokens=record.tokens
+            )
+            ledger.book.row("trained_groups", now, ledger.book.seq, message.batch)
+            ledger.book.row("trained_samples", message.batch)
+            ledger.book.row(
+                "trained", message.batch, message.incarnation, message.step, message.digest, message.started,
+                message.ended, message.tokens,
+            )  # fmt: skip
+        ledger.book.send(worker.peer, Committed(what="trained", number=message.batch))
+
+    def published(self, worker: WorkerRecord, message: Published, now: float) -> None:
+        """A version's bytes are complete; from this commit on it exists."""
+        ledger, manifest = self.ledger, message.manifest
+        old = ledger.versions.published
+        behind = old is not None and manifest.version < old.version
+        if worker.incarnation != self.trainer_life or behind:
+            ledger.book.totals["refused.results"] += 1
+            return
+        ledger.book.seq += 1
+        ledger.versions.publish(manifest)
+        ledger.batches.published = max(ledger.batches.published, manifest.version)
+        ledger.book.row(
+            "version", manifest.version, manifest.incarnation, manifest.step, manifest.digest,
+            manifest.num_bytes, msgspec.json.encode(manifest), now,
+        )  # fmt: skip
+        ledger.book.send(worker.peer, Committed(what="version", number=manifest.version))
+
+    def saved(self, worker: WorkerRecord, message: Saved, now: float) -> None:
+        """A checkpoint directory is complete."""
+        ledger = self.ledger
+        if message.incarnation != self.incarnation:
+            ledger.book.totals["refused.results"] += 1
+            return
+        self.checkpoints[message.rollout_step] = message.path
+        ledger.saved = max(ledger.saved, message.rollout_step)
+        ledger.book.row(
+            "checkpoint", message.rollout_step, message.incarnation, message.step, message.path, now
+        )
+        ledger.book.send(worker.peer, Committed(what="checkpoint", number=message.rollout_step))
+
+    # Generators.
+
+    def swapped(self, worker: WorkerRecord, message: Swapped, now: float) -> None:
+        """How a push went at a generator."""
+        self.ledger.book.row(
+            "swap", worker.name, message.version, message.incarnation, message.pause_s, message.transfer_s,
+            message.aborted, message.recomputed_tokens, now,
+        )  # fmt: skip
+
+    def evaluation_seen(self, version: int, incarnation: int) -> None:
+        """The evaluator has logged an evaluation."""
+        evaluation = self.ledger.versions.evaluation
+        if evaluation is not None and (evaluation.version, evaluation.incarnation) == (version, incarnation):
+            evaluation.seen = True
+            self.ledger.book.row("evaluation_seen", version, incarnation)
+
+    def tell_version(self, worker: WorkerRecord) -> None:
+        """Name the announced version to a generator again (it asked for work under an unknown one)."""
+        if self.ledger.versions.announced is not None:
+            self.ledger.book.send(worker.peer, NewVersion(manifest=self.ledger.versions.announced))

@@ -1,0 +1,305 @@
+"""Gives out whatever work is possible now: prompts wanted, leases, batches, versions, the end.
+
+Runs after every bundle of events. It reads and moves the ledger's state and never waits.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from asyncrl.buffer.ledger import Ledger
+from asyncrl.buffer.states import FRESH, SCORED, GroupRecord, SampleRecord, WorkerRecord, parts_of
+from asyncrl.messages.control import Finish, Kind, Lease, Leases, Need, NewVersion, Retire
+from asyncrl.messages.sample import Lane, Settled
+
+
+class Pump:
+    """See the module's docstring."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._asked_for = 0
+        """Groups the source was asked for, up to this ordinal count (train and eval together)."""
+        self._asked_source = b""
+        self._asked_evaluation = -1
+
+    def run(self, now: float) -> None:
+        """One round; see the module's docstring."""
+        ledger = self.ledger
+        if ledger.finished or ledger.failure:
+            return
+        self._announce(now)
+        self._cut(now)
+        self._ask_for_prompts()
+        if not ledger.draining:
+            self._lease(now)
+        self._end(now)
+
+    # Prompts.
+
+    def _ask_for_prompts(self) -> None:
+        ledger = self.ledger
+        source = ledger.fleet.only("source")
+        if source is None or ledger.draining:
+            return
+        if source.peer != self._asked_source:
+            self._asked_source, self._asked_for, self._asked_evaluation = source.peer, ledger.book.next_group, -1
+        evaluation = ledger.versions.evaluation
+        if evaluation is not None and not evaluation.issued and self._asked_evaluation != evaluation.version:
+            self._asked_evaluation = evaluation.version
+            ledger.book.send(source.peer, Need(lane=Lane.EVAL, version=evaluation.version))
+        missing = self._missing_prompts()
+        if missing > 0:
+            self._asked_for = max(self._asked_for, ledger.book.next_group) + missing
+            ledger.book.send(source.peer, Need(lane=Lane.TRAIN, groups=missing))
+
+    def _missing_prompts(self) -> int:
+        ledger, batches = self.ledger, self.ledger.batches
+        if ledger.source_ended:
+            return 0
+        on_the_way = max(0, self._asked_for - ledger.book.next_group)
+        at_hand = len(ledger.queues.fresh) + on_the_way
+        lead = ledger.config.prompt_lead or batches.batch_size
+        wanted = max(0, batches.tickets - batches.outstanding) + lead
+        if batches.target is not None:
+            left = (batches.target - batches.next_batch) * batches.batch_size - batches.dues.total()
+            wanted = min(wanted, left + batches.surplus)
+        shortage = wanted - at_hand
+        # Asked for in handfuls: a message for every settled group would be a message for every few samples.
+        return shortage if shortage >= max(1, min(lead // 4, wanted)) else 0
+
+    # Leases.
+
+    def _lease(self, now: float) -> None:
+        for worker in list(self.ledger.fleet.workers.values()):
+            if worker.alone:
+                continue
+            leases: list[Lease] = []
+            bodies: list[int] = []
+            for kind, find in (
+                (Kind.GENERATE, self._generate),
+                (Kind.SCORE, self._score),
+                (Kind.FILTER, self._filter),
+            ):
+                while worker.credit.get(kind, 0) > 0 and not worker.alone:
+                    found = find(worker, now)
+                    if found is None:
+                        break
+                    leases.append(found[0])
+                    bodies += found[1]
+            if leases:
+                self.ledger.book.send(worker.peer, Leases(leases=leases), bodies)
+
+    def _generate(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
+        if self.ledger.low_on_disk or worker.version < 0:
+            return None
+        return self._evaluation(worker, now) or self._partial(worker, now) or self._fresh(worker, now)
+
+    def _evaluation(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
+        ledger = self.ledger
+        found = ledger.queues.peek(ledger.queues.evaluation, ledger.book.groups)
+        if found is None:
+            return None
+        group, sample = found
+        if (worker.version, worker.version_incarnation) != (group.version, group.incarnation):
+            return None
+        share = max(1, int(worker.capacity * ledger.config.eval_share))
+        if worker.eval_held >= share and (ledger.queues.fresh or ledger.queues.partial):
+            return None
+        return self._grant(worker, Kind.GENERATE, group, [sample.index], now)
+
+    def _partial(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
+        ledger = self.ledger
+        heap, skipped = ledger.queues.partial, []
+        granted = None
+        while granted is None:
+            found = ledger.queues.peek(heap, ledger.book.groups)
+            if found is None:
+                break
+            group, sample = found
+            if worker.version >= group.version and self._may_take(worker, sample):
+                granted = self._grant(worker, Kind.GENERATE, group, [sample.index], now)
+                if granted is None:
+                    break
+            else:
+                skipped.append(heapq.heappop(heap))
+        for entry in skipped:
+            heapq.heappush(heap, entry)
+        return granted
+
+    def _may_take(self, worker: WorkerRecord, sample: SampleRecord) -> bool:
+        """A suspect (its next failure fails the group) is leased alone, to a worker that holds nothing."""
+        return not self._is_suspect(sample) or not worker.leases
+
+    def _is_suspect(self, sample: SampleRecord) -> bool:
+        return 0 < self.ledger.config.max_attempts - 1 <= sample.attempts
+
+    def _fresh(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
+        ledger = self.ledger
+        while ledger.queues.fresh and ledger.queues.fresh[0] not in ledger.book.groups:
+            ledger.queues.fresh.popleft()
+        if not ledger.queues.fresh:
+            return None
+        group = ledger.book.groups[ledger.queues.fresh[0]]
+        published = ledger.versions.published
+        newest = published is not None and worker.version >= published.version
+        if not ledger.batches.may_issue(worker.version, newest=newest):
+            return None
+        count = len(group.samples)
+        room = worker.credit[Kind.GENERATE]
+        if room < count and worker.capacity >= count:
+            return None  # the whole group goes to one worker, which will have room for it
+        if not ledger.fleet.fits(worker, group.prompt_bytes):
+            return None
+        ledger.queues.fresh.popleft()
+        ledger.book.seq += 1
+        ledger.batches.issue(group, worker.version, ledger.book.seq)
+        group.incarnation = worker.version_incarnation
+        group.state = "open"
+        for sample in group.samples[room:]:
+            ledger.queues.return_sample(group, sample)
+        return self._grant(worker, Kind.GENERATE, group, list(range(min(room, count))), now)
+
+    def _score(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
+        ledger = self.ledger
+        group = ledger.queues.take_group(ledger.queues.to_score_groups, ledger.book.groups)
+        if group is not None:
+            return self._grant(worker, Kind.SCORE, group, list(range(len(group.samples))), now)
+        taken = ledger.queues.take_to_score(ledger.book.groups, worker.credit[Kind.SCORE])
+        if taken is None:
+            return None
+        granted = self._grant(worker, Kind.SCORE, taken[0], taken[1], now)
+        if granted is None:
+            ledger.queues.to_score.extendleft((taken[0].group_id, index) for index in reversed(taken[1]))
+        return granted
+
+    def _filter(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
+        ledger = self.ledger
+        group = ledger.queues.take_group(ledger.queues.to_filter, ledger.book.groups)
+        if group is None or any(sample.state != SCORED for sample in group.samples):
+            return None
+        return self._grant(worker, Kind.FILTER, group, list(range(len(group.samples))), now)
+
+    def _grant(
+        self, worker: WorkerRecord, kind: Kind, group: GroupRecord, indices: list[int], now: float
+    ) -> tuple[Lease, list[int]] | None:
+        """Lease these samples if the worker's byte window takes them."""
+        ledger = self.ledger
+        num_bytes = group.prompt_bytes + sum(group.samples[i].body_bytes for i in indices)
+        if not ledger.fleet.fits(worker, num_bytes):
+            return None
+        parts, bodies = parts_of(group, indices, scored=kind is Kind.FILTER)
+        suspect = kind is Kind.GENERATE and any(self._is_suspect(group.samples[i]) for i in indices)
+        record = ledger.grant(worker, kind, group, indices, num_bytes, now)
+        if suspect:
+            worker.alone = record.fence
+        if group.lane is Lane.EVAL and kind is Kind.GENERATE:
+            worker.eval_held += len(indices)
+        return Lease(fence=record.fence, kind=kind, parts=parts, version=group.version), bodies
+
+    # Batches.
+
+    def _cut(self, now: float) -> None:
+        ledger = self.ledger
+        trainer = ledger.fleet.only("trainer")
+        if trainer is None or ledger.draining:
+            return
+        while trainer.credit.get(Kind.TRAIN, 0) > 0:
+            if ledger.batches.on_delivery < ledger.batches.next_batch:
+                batch: int | None = ledger.batches.on_delivery
+            else:
+                batch = self._next_batch(now)
+            if batch is None:
+                return
+            trainer.credit[Kind.TRAIN] -= 1
+            ledger.batches.on_delivery = batch + 1
+            ledger.book.deliver(batch)
+
+    def _next_batch(self, now: float) -> int | None:
+        ledger, batches = self.ledger, self.ledger.batches
+        size = self._batch_size()
+        chosen = batches.choose(size)
+        if chosen is None and batches.on_straggler == "drop":
+            self._drop_overdue(now)
+            chosen = batches.choose(size)
+        if not chosen:
+            return None
+        ledger.book.seq += 1
+        groups = [ledger.book.groups[group_id] for group_id in chosen]
+        batch = batches.record(groups)
+        record = batches.records[batch]
+        for position, group in enumerate(groups):
+            ledger.book.batch(group, batch)
+            ledger.book.row("batch_group", batch, position, group.group_id)
+        ledger.book.row(
+            "batch", batch, record.groups, record.samples, record.tokens, ledger.book.seq, now
+        )
+        return batch
+
+    def _batch_size(self) -> int:
+        """B, or what is left when the data have ended and a smaller last batch is wanted."""
+        ledger, batches = self.ledger, self.ledger.batches
+        left = batches.dues.total()
+        if not (ledger.source_ended and not ledger.queues.fresh and left < batches.batch_size):
+            return batches.batch_size
+        if ledger.config.allow_partial_train_step and left == len(batches.ready):
+            return left
+        return batches.batch_size
+
+    def _drop_overdue(self, now: float) -> None:
+        ledger, batches = self.ledger, self.ledger.batches
+        while (due := batches.overdue()) is not None:
+            late = [g for g in ledger.book.groups.values() if 0 <= g.due <= due]
+            late.sort(key=lambda g: (g.group_id in batches.ready, g.due, g.group_id))
+            ledger.settle_stale(late[0], now)
+
+    # Versions and the end.
+
+    def _announce(self, now: float) -> None:
+        ledger, versions = self.ledger, self.ledger.versions
+        manifest = versions.announce()
+        if manifest is not None:
+            for worker in ledger.fleet.with_role("generator"):
+                ledger.book.send(worker.peer, NewVersion(manifest=manifest))
+            trainer = ledger.fleet.only("trainer")
+            if trainer is not None:
+                ledger.book.send(trainer.peer, Retire(below=manifest.version))
+        if ledger.draining:
+            return
+        evaluation = versions.start_evaluation(ledger.batches.target)
+        if evaluation is not None:
+            ledger.book.row("evaluation", evaluation.version, evaluation.incarnation, now)
+
+    def _end(self, now: float) -> None:
+        ledger, batches = self.ledger, self.ledger.batches
+        if batches.target is None or batches.next_batch < batches.target:
+            self._notice_exhaustion()
+        if batches.target is None or batches.num_trained < batches.target:
+            return
+        if ledger.saved < batches.target or not ledger.versions.finished(batches.target):
+            return
+        ledger.settle_all(Settled.UNNEEDED, now, "left over when the run ended")
+        ledger.finished = True
+        self._tell_everyone(Finish(reason=f"all {batches.target} rollout steps are trained"))
+
+    def _notice_exhaustion(self) -> None:
+        """The data have ended and what is left cannot fill a batch: the run ends earlier than planned."""
+        ledger, batches = self.ledger, self.ledger.batches
+        if not ledger.source_ended or ledger.queues.fresh or batches.dues.total() >= batches.batch_size:
+            return
+        if ledger.config.allow_partial_train_step and batches.dues.total():
+            return
+        batches.target = batches.next_batch
+        ledger.book.row("meta", "target", batches.target)
+        trainer = ledger.fleet.only("trainer")
+        if trainer is not None:
+            ledger.book.send(trainer.peer, Finish(reason="the data have ended"))
+
+    def _tell_everyone(self, message: Finish) -> None:
+        for worker in self.ledger.fleet.workers.values():
+            self.ledger.book.send(worker.peer, message)
+
+
+def waits_for_generator(sample: SampleRecord) -> bool:
+    """Whether a sample is in some generator's queue."""
+    return sample.state == FRESH

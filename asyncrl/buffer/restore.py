@@ -1,0 +1,192 @@
+"""Rebuilds the ledger from the tables: what an interrupted run's desk knew, nothing more and nothing less.
+
+Live groups come back with their samples; leases come back with their full time, so that workers which
+survived may go on; a run that is started anew releases them at once (`release_all`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+import msgspec
+
+from asyncrl.buffer.batches import BatchRecord
+from asyncrl.buffer.ledger import Ledger
+from asyncrl.buffer.members import Members
+from asyncrl.buffer.segments import Location
+from asyncrl.buffer.states import (
+    FILTERING,
+    FRESH,
+    GENERATED,
+    READY,
+    SCORED,
+    GroupRecord,
+    LeaseRecord,
+    SampleRecord,
+)
+from asyncrl.buffer.store import Store
+from asyncrl.buffer.versions import Evaluation
+from asyncrl.messages.control import Kind
+from asyncrl.messages.sample import Lane, Status
+from asyncrl.messages.version import Manifest
+
+
+def restore(ledger: Ledger, members: Members, store: Store) -> None:
+    """Fill a new ledger from the store's tables."""
+    db = store.db
+    book = ledger.book
+    book.totals.update(dict(db.execute("select key, value from totals").fetchall()))
+    book.take()  # totals read back are not news
+    book.next_group = _next(db, "groups", "group_id", 0)
+    book.next_body = _next(db, "bodies", "body", 1)
+    book.next_fence = _next(db, "leases", "fence", 1)
+    book.seq = db.execute(
+        "select max(m) from (select max(issued_seq) m from groups union select max(settled_seq) from groups"
+        " union select max(seq) from batches)"
+    ).fetchone()[0] or 0
+    meta = dict(db.execute("select key, value from meta").fetchall())
+    ledger.cursor = meta.get("cursor", b"")
+    ledger.source_ended = bool(meta.get("source_ended", 0))
+    if "target" in meta:
+        ledger.batches.target = int(meta["target"])
+    _restore_training(ledger, members, db)
+    _restore_evaluation(ledger, db)
+    _restore_leases(ledger, db)
+    _restore_groups(ledger, store)
+
+
+def release_all(ledger: Ledger, reason: str, now: float) -> None:
+    """Nobody of the former life is left: every lease goes back without counting as a failed attempt."""
+    ledger.release(list(ledger.fleet.leases.values()), reason, now, ours=True)
+
+
+def _next(db: sqlite3.Connection, table: str, column: str, first: int) -> int:
+    newest = db.execute(f"select max({column}) from {table}").fetchone()[0]  # noqa: S608 - our own names
+    return first if newest is None else int(newest) + 1
+
+
+def _restore_training(ledger: Ledger, members: Members, db: sqlite3.Connection) -> None:
+    batches = ledger.batches
+    row = db.execute("select max(incarnation) from incarnations").fetchone()
+    members.incarnation = row[0] or 0
+    if members.incarnation:
+        members.trainer_life = db.execute(
+            "select process from incarnations where incarnation = ?", (members.incarnation,)
+        ).fetchone()[0]
+    trained = {
+        row[0]
+        for row in db.execute("select distinct batch from groups where reason = 'trained' and batch >= 0")
+    }
+    for batch, groups, samples, tokens in db.execute(
+        "select batch, num_groups, num_samples, num_tokens from batches order by batch"
+    ):
+        batches.records[batch] = BatchRecord(groups, samples, tokens, trained=batch in trained)
+        batches.next_batch = batch + 1
+    while batches.num_trained in trained:
+        batches.num_trained += 1
+    for step, path in db.execute("select rollout_step, path from checkpoints order by rollout_step, incarnation"):
+        members.checkpoints[step] = path
+        ledger.saved = max(ledger.saved, step)
+    row = db.execute("select manifest from versions order by version desc, incarnation desc limit 1").fetchone()
+    if row is not None:
+        ledger.versions.published = msgspec.json.decode(row[0], type=Manifest)
+        batches.published = ledger.versions.published.version
+
+
+def _restore_evaluation(ledger: Ledger, db: sqlite3.Connection) -> None:
+    row = db.execute(
+        "select version, incarnation, done_at, seen from evaluations order by version desc, incarnation desc limit 1"
+    ).fetchone()
+    if row is None:
+        return
+    version, incarnation, done_at, seen = row
+    evaluation = Evaluation(version, incarnation, done=done_at is not None, seen=bool(seen))
+    total, open_groups = db.execute(
+        "select count(*), coalesce(sum(reason is null), 0) from groups where lane = 'eval' and version = ?"
+        " and incarnation = ?",
+        (version, incarnation),
+    ).fetchone()
+    evaluation.open_groups = open_groups
+    # Prompts of one evaluation are handed in with one message, so some of them means all of them.
+    evaluation.issued = total > 0
+    ledger.versions.evaluation = evaluation
+
+
+def _restore_leases(ledger: Ledger, db: sqlite3.Connection) -> None:
+    for fence, kind, worker, incarnation, group_id, indices, version, granted in db.execute(
+        "select fence, kind, worker, incarnation, group_id, indices, version, granted_at from leases"
+        " where ended_at is null"
+    ):
+        numbers = [int(index) for index in indices.split(",") if index]
+        ledger.fleet.leases[fence] = LeaseRecord(
+            fence, Kind(kind), worker, incarnation, group_id, numbers, set(numbers), version, granted, 0
+        )
+
+
+def _restore_groups(ledger: Ledger, store: Store) -> None:
+    db = store.db
+    for row in db.execute(
+        "select group_id, lane, dataset, state, version, incarnation, due, prompt_body, prompt_tokens, fence,"
+        " issued_seq, created_at from groups where reason is null and batch < 0 order by group_id"
+    ).fetchall():
+        group_id, lane, dataset, state, version, incarnation, due, prompt, tokens, fence, issued, created = row
+        group = GroupRecord(
+            group_id, Lane(lane), dataset, prompt, tokens, 0, [], created, state=state, version=version,
+            incarnation=incarnation, due=due, fence=fence, issued_seq=issued,
+        )  # fmt: skip
+        _restore_samples(group, db)
+        _restore_bodies(group, store)
+        _place(ledger, group)
+
+
+def _restore_samples(group: GroupRecord, db: sqlite3.Connection) -> None:
+    for row in db.execute(
+        "select idx, state, status, tokens, fence, attempts, worker, oldest, newest, reward, removed, score_body"
+        " from samples where group_id = ? order by idx",
+        (group.group_id,),
+    ):
+        idx, state, status, tokens, fence, attempts, worker, oldest, newest, reward, removed, score = row
+        group.samples.append(
+            SampleRecord(
+                idx, state, Status(status), tokens, fence=fence, attempts=attempts, worker=worker, oldest=oldest,
+                newest=newest, reward=reward, removed=bool(removed), score_body=score,
+            )  # fmt: skip
+        )
+
+
+def _restore_bodies(group: GroupRecord, store: Store) -> None:
+    for body, kind, idx, file, offset, length in store.db.execute(
+        "select body, kind, idx, file, offset, length from bodies where group_id = ? and dropped = 0 order by body",
+        (group.group_id,),
+    ):
+        store.remember(body, Location(file, offset, length))
+        if kind == "prompt":
+            group.prompt_bytes = length
+        elif kind == "segment":
+            group.samples[idx].bodies.append(body)
+            group.samples[idx].body_bytes += length
+
+
+def _place(ledger: Ledger, group: GroupRecord) -> None:
+    """Put a live group back where it waits."""
+    ledger.book.groups[group.group_id] = group
+    if group.due >= 0:
+        ledger.batches.dues[group.due] += 1
+    for sample in group.samples:
+        lease = ledger.fleet.leases.get(sample.fence)
+        if lease is not None and sample.state not in {"generating", "scoring"}:
+            lease.remaining.discard(sample.index)
+    if group.lane is Lane.TRAIN and group.state == FRESH:
+        ledger.queues.fresh.append(group.group_id)
+        return
+    if group.state == READY:
+        ledger.batches.complete(group)
+        return
+    for sample in group.samples:
+        if sample.state == FRESH:
+            ledger.queues.return_sample(group, sample)
+        elif sample.state == GENERATED:
+            ledger.queues.generated(group, sample)
+    if all(sample.state == SCORED for sample in group.samples) and group.state != FILTERING:
+        if group.fence not in ledger.fleet.leases:
+            ledger.queues.to_filter.append(group.group_id)

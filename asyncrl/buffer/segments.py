@@ -1,0 +1,112 @@
+"""Bodies on disk: append-only files, synced before the row that names them commits.
+
+Bodies inside SQLite would be written twice (log and page); here they are written once. What no row names is
+garbage: a crash between sync and commit leaves some at the end of a file, and nothing ever reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from asyncrl.errors import StorageError
+
+IOV_MAX = 512
+"""Buffers handed to one writev; below every kernel's limit."""
+
+
+class Location(NamedTuple):
+    """Where a body lies."""
+
+    file: int
+    offset: int
+    length: int
+
+
+class Segments:
+    """Append, sync, read back. One writer; readers may open the same directory."""
+
+    def __init__(self, directory: Path, *, segment_bytes: int = 256 << 20, writable: bool = True) -> None:
+        self.directory = directory
+        self.segment_bytes = segment_bytes
+        self._readers: dict[int, int] = {}
+        self._writer = -1
+        self._offset = 0
+        if writable:
+            directory.mkdir(parents=True, exist_ok=True)
+        self._file = max((int(p.stem.split("-")[1]) for p in directory.glob("bodies-*.bin")), default=0)
+
+    def append(self, bodies: list[bytes]) -> list[Location]:
+        """Write bodies at the end and sync them. Raises OSError; then none of them counts as written."""
+        if not bodies:
+            return []
+        if self._writer < 0 or self._offset >= self.segment_bytes:
+            self._roll()
+        start = self._offset
+        locations = []
+        for body in bodies:
+            locations.append(Location(self._file, self._offset, len(body)))
+            self._offset += len(body)
+        try:
+            self._write_all(bodies, start)
+            os.fdatasync(self._writer)
+        except OSError:
+            self._offset = start
+            raise
+        return locations
+
+    def _write_all(self, bodies: list[bytes], offset: int) -> None:
+        for first in range(0, len(bodies), IOV_MAX):
+            chunk = bodies[first : first + IOV_MAX]
+            size = sum(map(len, chunk))
+            written = os.pwritev(self._writer, chunk, offset)
+            if written < size:  # a short write: finish it plainly
+                rest = memoryview(b"".join(chunk))
+                while written < size:
+                    written += os.pwrite(self._writer, rest[written:], offset + written)
+            offset += size
+
+    def _roll(self) -> None:
+        """Start a new file: a writer never appends to a file of an earlier life."""
+        if self._writer >= 0:
+            os.close(self._writer)
+        self._file += 1
+        self._writer = os.open(self.path(self._file), os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
+        self._offset = 0
+        directory = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def path(self, file: int) -> Path:
+        """The file with this number."""
+        return self.directory / f"bodies-{file:06d}.bin"
+
+    def read(self, location: Location) -> bytes:
+        """One body. Raises StorageError when the file is gone or too short."""
+        try:
+            descriptor = self._readers.get(location.file)
+            if descriptor is None:
+                descriptor = os.open(self.path(location.file), os.O_RDONLY)
+                self._readers[location.file] = descriptor
+            data = os.pread(descriptor, location.length, location.offset)
+        except OSError as error:
+            raise StorageError(f"{self.path(location.file)}: cannot read a body: {error}") from error
+        if len(data) != location.length:
+            raise StorageError(
+                f"{self.path(location.file)}: {len(data)} of {location.length} bytes at offset {location.offset}; "
+                "the file was cut short after it was recorded"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close every descriptor; may be called twice."""
+        for descriptor in [*self._readers.values(), self._writer]:
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        self._readers.clear()
+        self._writer = -1

@@ -1,0 +1,241 @@
+"""The console script `asyncrl`: names, options and help of every command; errors and exit codes.
+
+Owns no behaviour: each command hands plain arguments to a sibling module, imported when the command runs, so
+that `asyncrl --help` loads neither torch nor transformers nor zmq. An `AsyncrlError` becomes its text on
+stderr and its exit code, never a traceback.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from asyncrl.errors import AsyncrlError
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended and that does not drain: 128 + SIGINT, as shells have it."""
+
+EXIT_CODES = (
+    "Exit codes: 0 finished, 1 failed, 2 configuration or usage, 3 drained on request and resumable, "
+    "130 interrupted."
+)
+
+
+class WorkerRole(StrEnum):
+    """What can be added to a live run."""
+
+    GENERATOR = "generator"
+    REWARD = "reward"
+
+
+class Commands(TyperGroup):
+    """The command group: the one place where errors become messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the chosen command; never lets an operator's error through as a traceback."""
+        try:
+            return super().invoke(ctx)
+        except AsyncrlError as error:
+            typer.echo(f"asyncrl: {error}", err=True)
+            raise typer.Exit(int(error.exit_code)) from None
+        except KeyboardInterrupt:
+            typer.echo("asyncrl: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="asyncrl",
+    cls=Commands,
+    help="Fully asynchronous reinforcement learning for language models.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override an option; may be repeated."),
+]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key", metavar="FILE", help="CURVE key file made by `asyncrl keys`.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+LiveRun = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[ADDRESS_OR_RUN]", help="The run's address or directory; default: the newest below runs/."
+    ),
+]
+
+
+def main() -> None:
+    """Entry point of the console script; leaves by SystemExit with one of the exit codes."""
+    app()
+
+
+def _leave(code: int | None) -> None:
+    if code:
+        raise typer.Exit(int(code))
+
+
+@app.command(epilog=EXIT_CODES)
+def launch(
+    *,
+    topology: Annotated[Path | None, typer.Option(metavar="FILE", help="The topology file.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Continue this run where it stopped.")
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="All actors in one process, on a memory link.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the run; instead of run.name.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Log lines instead of the live view.")] = False,
+) -> None:
+    """Start everything a topology names, and stay until it is done."""
+    from asyncrl.cli import run
+
+    _leave(
+        run.launch(
+            topology, overrides=overrides or [], resume=resume, in_process=in_process, name=name, plain=plain
+        )
+    )
+
+
+@app.command()
+def attach(
+    role: Annotated[WorkerRole, typer.Argument(help="What to add.")],
+    address: Annotated[
+        str,
+        typer.Argument(metavar="ADDRESS_OR_RUN", help="The run's address, or its directory on this host."),
+    ],
+    *,
+    key: KeyFile = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new process.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Add a generator or a reward worker to a live run."""
+    from asyncrl.cli import live
+
+    _leave(live.attach(str(role), address, key=key, name=name, overrides=overrides or []))
+
+
+@app.command()
+def detach(
+    name: Annotated[str, typer.Argument(help="Name of the process to take out.")],
+    *,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS_OR_RUN", help="The run's address or directory; default: the newest live run."
+        ),
+    ] = None,
+    drain: Annotated[
+        bool, typer.Option("--drain/--now", help="Let it finish or hand back its work, or stop it at once.")
+    ] = True,
+    key: KeyFile = None,
+) -> None:
+    """Take a worker out of a live run."""
+    from asyncrl.cli import live
+
+    _leave(live.detach(name, run=run, drain=drain, key=key))
+
+
+@app.command()
+def status(run: LiveRun = None, *, as_json: AsJson = False, key: KeyFile = None) -> None:
+    """Show members, versions, leases and queues of a live run, or how a finished one ended."""
+    from asyncrl.cli import live
+
+    _leave(live.status(run, as_json=as_json, key=key))
+
+
+@app.command()
+def replay(
+    run: Run,
+    *,
+    overrides: Overrides = None,
+    num_threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads; default: as recorded.")
+    ] = None,
+) -> None:
+    """Train again, alone, on the recorded samples of a run, and compare the weights."""
+    from asyncrl.cli import records
+
+    _leave(records.replay(run, overrides=overrides or [], num_threads=num_threads))
+
+
+@app.command()
+def audit(run: Run, *, as_json: AsJson = False) -> None:
+    """Prove from a run's records that nothing was lost and nothing trained twice."""
+    from asyncrl.cli import records
+
+    _leave(records.audit(run, as_json=as_json))
+
+
+@app.command()
+def story(
+    run: Run,
+    uid: Annotated[str, typer.Argument(metavar="GROUP[.SAMPLE]", help="A group, or one sample of it.")],
+) -> None:
+    """Tell everything that happened to a group or a sample."""
+    from asyncrl.cli import records
+
+    _leave(records.story(run, uid))
+
+
+@app.command()
+def keys(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="The file to write.")] = Path("asyncrl.key"),
+) -> None:
+    """Make a CURVE key file, for runs that span hosts."""
+    from asyncrl.cli import live
+
+    _leave(live.keys(path))
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A topology file.")],
+    *,
+    overrides: Overrides = None,
+) -> None:
+    """Compile a topology, and say in words what it will do."""
+    from asyncrl.cli import check as command
+
+    command.check(file, overrides=overrides or [])
+
+
+@app.command()
+def explain(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A table, a table.key, a key, or a flag of slime or Miles; default: all tables."),
+    ] = None,
+) -> None:
+    """Print the documentation of an option."""
+    from asyncrl.cli import explain as command
+
+    command.explain(name)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="The file to write.")] = Path(
+        "topology.toml"
+    ),
+) -> None:
+    """Write a commented topology to start from."""
+    from asyncrl.cli import init as command
+
+    command.init(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""`asyncrl launch`: from a topology file (or an interrupted run) to a summary and an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from asyncrl.errors import ConfigError, ExitCode
+from asyncrl.run.ending import conclude
+from asyncrl.run.preflight import preflight
+from asyncrl.run.rundir import RunDir, free_name
+from asyncrl.run.session import Session, resumable
+from asyncrl.topology.load import load, override
+from asyncrl.topology.plan import Plan, compile_plan
+from asyncrl.topology.words import schedule_in_words, warnings
+
+
+def launch(
+    topology: Path | None, *, overrides: list[str], resume: Path | None, in_process: bool, name: str | None,
+    plain: bool,
+) -> int:  # fmt: skip
+    """Run to the end; returns the exit code."""
+    if (topology is None) == (resume is None):
+        raise ConfigError("launch needs either --topology FILE, for a new run, or --resume RUN, to continue one")
+    if resume is not None:
+        run = RunDir.resume(resume)
+        plan = _resumed_plan(run, overrides)
+    else:
+        assert topology is not None
+        plan, run = _new_run(topology, overrides, name)
+    try:
+        return _live(plan, run, in_process=in_process, resumed=resume is not None, plain=plain)
+    finally:
+        run.close()
+
+
+def _new_run(topology: Path, overrides: list[str], name: str | None) -> tuple[Plan, RunDir]:
+    loaded = load(topology, overrides)
+    names = loaded.run
+    chosen = free_name(Path(names.dir), name or names.name)
+    loaded = msgspec.structs.replace(loaded, run=msgspec.structs.replace(names, name=chosen))
+    plan = compile_plan(loaded, source=str(topology))
+    plan = preflight(plan, Path(names.dir) / chosen)
+    run = RunDir.create(names.dir, chosen)
+    run.write_plan(plan, source=topology.read_text())
+    return plan, run
+
+
+def _resumed_plan(run: RunDir, overrides: list[str]) -> Plan:
+    plan = run.read_plan()
+    if overrides:
+        plan = compile_plan(override(plan.topology, overrides, source=str(run.path)))
+        run.write_plan(plan)
+    return preflight(plan, run.path)
+
+
+def _live(plan: Plan, run: RunDir, *, in_process: bool, resumed: bool, plain: bool) -> int:
+    console = Console(highlight=False)
+    for line in schedule_in_words(plan):
+        console.print(f"  {line}", soft_wrap=True)
+    for line in warnings(plan):
+        console.print(f"  warning: {line}", soft_wrap=True)
+    session = Session(plan, run, in_process=in_process, resumed=resumed, plain=plain)
+    code = session.live()
+    code = conclude(session, code, console=console)
+    if code is ExitCode.DRAINED:
+        console.print(f"resume with: {resumable(run)}", soft_wrap=True)
+    return int(code)

@@ -1,0 +1,490 @@
+"""The conversations: every message that may cross a link, grouped by who says it to whom.
+
+Two links exist. On the *desk* link every actor talks to the buffer: credit, leases, results, batches,
+versions. On the *control* link every actor talks to the supervisor: hello, telemetry, drain, stop, and the
+questions of `attach`, `detach` and `status`. Bodies (encoded `Prompt`, `Segment`, `Score`) travel as frames
+beside a message; `GroupParts` says which frame is what.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from asyncrl.messages.sample import Lane, Span, Status
+from asyncrl.messages.version import Manifest
+
+PROTOCOL = 1
+"""Raised when the conversation changes; peers with another number are refused by name."""
+
+
+class Kind(StrEnum):
+    """What credit and leases are for."""
+
+    GENERATE = "generate"
+    SCORE = "score"
+    FILTER = "filter"
+    TRAIN = "train"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of everything that is sent as a header."""
+
+
+class GroupParts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Some samples of one group and how their bodies lie in the frames.
+
+    Frames of one group, in order: the prompt; then for each sample its segments, then its score when
+    `scored` is set.
+    """
+
+    group_id: int
+    lane: Lane = Lane.TRAIN
+    issue_version: int = 0
+    """Version the group's first lease was given for."""
+    indices: list[int]
+    """Positions of the samples in the group."""
+    statuses: list[Status]
+    segments: list[int]
+    """Frames of each sample's response so far."""
+    scored: bool = False
+    """Whether every sample carries a score frame."""
+    removed: list[int] = []
+    """Indices a filter took out of the loss."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that belong to this group."""
+        return 1 + sum(self.segments) + (len(self.indices) if self.scored else 0)
+
+
+# Any actor to the buffer, and back.
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message on both links."""
+
+    name: str
+    role: str
+    incarnation: str
+    """Random for every life of a process: a name that comes back is not the old process."""
+    protocol: int
+    schema: str
+    """Hash of every struct of this module; peers built from other code are refused by name."""
+    host: str = ""
+    pid: int = 0
+    address: str = ""
+    """Where this actor listens, when it does (the buffer's desk)."""
+    run_id: str = ""
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The buffer's answer to Hello."""
+
+    run_id: str
+    announced: Manifest | None = None
+    """The version generators serve now; None before version 0 is published."""
+    trainer: TrainerStart | None = None
+    """For the trainer only."""
+    cursor: bytes = b""
+    """For the source only: where it stopped."""
+    next_group: int = 0
+    """For the source only: the ordinal of its next group."""
+
+
+class TrainerStart(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trainer that starts must know."""
+
+    incarnation: int
+    """The number of this life; stamped on versions, checkpoints and trained batches."""
+    checkpoint: str = ""
+    """Directory of the newest committed checkpoint; empty: start from `hf_checkpoint`."""
+    published: Manifest | None = None
+    """The newest committed version: nothing is published before it is reached again."""
+    num_batches: int = 0
+    """Batches recorded so far; those from the checkpoint on will be delivered as recorded."""
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The answer to a Hello that cannot be served. The peer stops."""
+
+    reason: str
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """I am alive; renews every lease I hold."""
+
+    version: int = -1
+    incarnation: int = 0
+
+
+class Goodbye(Message, frozen=True, kw_only=True):
+    """I leave on purpose; whatever I still hold goes to others."""
+
+    reason: str = ""
+
+
+class Want(Message, frozen=True, kw_only=True):
+    """Credit: room for so much more work of this kind. The only flow control there is."""
+
+    kind: Kind
+    samples: int
+    """Samples (batches, for TRAIN)."""
+    num_bytes: int = 0
+    """Body bytes; given back with the same message when bodies have been taken in."""
+    version: int = -1
+    """Version the worker serves (GENERATE)."""
+    incarnation: int = 0
+    capacity: int = 0
+    """Most samples the worker ever holds: a group that exceeds it is split."""
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The right to work on samples of one group."""
+
+    fence: int
+    """Names the lease in results; a result under an older number is refused."""
+    kind: Kind
+    parts: GroupParts
+    version: int = 0
+    """GENERATE: serve at least this version; lane eval: exactly this one."""
+
+
+class Leases(Message, frozen=True, kw_only=True):
+    """Work. Frames: those of each lease's parts, in order."""
+
+    leases: list[Lease]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Response tokens of one sample, and how it stands. One frame each (empty when no tokens are handed in).
+
+    PENDING is progress; COMPLETED and TRUNCATED are ends; ABORTED hands the sample back; FAILED is an error.
+    """
+
+    fence: int
+    group_id: int
+    index: int
+    status: Status
+    offset: int
+    """Response tokens committed before this report, as the worker knows it."""
+    num_tokens: int = 0
+    """Tokens in the frame."""
+    spans: list[Span] = []
+    reason: str = ""
+    """Why it was handed back or failed."""
+
+
+class Reports(Message, frozen=True, kw_only=True):
+    """Generator to buffer."""
+
+    reports: list[Report]
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True):
+    """A result is committed (`accepted`) or was refused by name."""
+
+    fence: int
+    group_id: int
+    index: int
+    offset: int
+    """Response tokens committed now."""
+    accepted: bool
+    reason: str = ""
+
+
+class Acks(Message, frozen=True, kw_only=True):
+    """Buffer to worker; sent after the commit it tells of."""
+
+    acks: list[Ack]
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sample's score. One frame each (empty when it failed)."""
+
+    fence: int
+    group_id: int
+    index: int
+    reward: float = 0.0
+    remove_sample: bool = False
+    error: str = ""
+    """Not empty: scoring failed, and why."""
+
+
+class Scores(Message, frozen=True, kw_only=True):
+    """Reward worker to buffer."""
+
+    scores: list[Scored]
+
+
+class Verdict(Message, frozen=True, kw_only=True):
+    """What the filters say of a complete group."""
+
+    fence: int
+    group_id: int
+    keep: bool
+    reason: str = ""
+    removed: list[int] = []
+    """Samples to keep out of the loss."""
+    error: str = ""
+    """Not empty: the filter failed, and why."""
+
+
+# Source and evaluator.
+
+
+class Need(Message, frozen=True, kw_only=True):
+    """Buffer to source: so many more groups, or the evaluation sets for one version."""
+
+    lane: Lane
+    groups: int = 0
+    version: int = 0
+
+
+class Issued(msgspec.Struct, frozen=True, array_like=True):
+    """One prompt of an `Issue`; its body is one frame."""
+
+    num_samples: int
+    num_tokens: int
+    """Prompt tokens."""
+    dataset: str = ""
+
+
+class Issue(Message, frozen=True, kw_only=True):
+    """Source to buffer: prompts, and the cursor after them (committed together)."""
+
+    lane: Lane
+    first_group: int
+    """Ordinal of the first one; anything but the next free ordinal is a repeat and ignored."""
+    prompts: list[Issued]
+    cursor: bytes = b""
+    ended: bool = False
+    """Lane train: there are no more. Lane eval: this was the last part of the set."""
+    version: int = 0
+    """Lane eval: the version to evaluate."""
+
+
+class Evaluated(Message, frozen=True, kw_only=True):
+    """Buffer to evaluator: part of a finished evaluation. Frames: those of the groups, in order."""
+
+    version: int
+    incarnation: int
+    part: int
+    num_parts: int
+    groups: list[GroupParts]
+
+
+class EvaluationSeen(Message, frozen=True, kw_only=True):
+    """Evaluator to buffer: logged; need not be delivered again."""
+
+    version: int
+    incarnation: int
+
+
+# Trainer.
+
+
+class BatchPart(Message, frozen=True, kw_only=True):
+    """Buffer to trainer: a piece of a recorded batch. Frames: those of the groups, in order."""
+
+    batch: int
+    part: int
+    num_parts: int
+    groups: list[GroupParts]
+    num_bytes: int
+    """Body bytes of this piece; the trainer gives them back as credit."""
+    recorded_digest: str = ""
+    """Weights' digest after this batch when it was trained before; empty otherwise."""
+
+
+class Trained(Message, frozen=True, kw_only=True):
+    """Trainer to buffer: the batch's groups may settle."""
+
+    batch: int
+    incarnation: int
+    step: int
+    """Optimizer steps done."""
+    digest: str
+    """Of the weights after it."""
+    started: float
+    """Unix seconds."""
+    ended: float
+    tokens: int = 0
+    """Response tokens trained."""
+
+
+class Published(Message, frozen=True, kw_only=True):
+    """Trainer to buffer: a version's bytes are complete. It exists once the buffer has committed this."""
+
+    manifest: Manifest
+
+
+class NewVersion(Message, frozen=True, kw_only=True):
+    """Buffer to generators: load this, verify it, then ask for work under it."""
+
+    manifest: Manifest
+
+
+class Retire(Message, frozen=True, kw_only=True):
+    """Buffer to trainer: bytes of versions below this are needed by nobody."""
+
+    below: int
+
+
+class Swapped(Message, frozen=True, kw_only=True):
+    """Generator to buffer: how a push went here."""
+
+    version: int
+    incarnation: int
+    pause_s: float
+    transfer_s: float
+    aborted: int
+    recomputed_tokens: int
+
+
+class Saved(Message, frozen=True, kw_only=True):
+    """Trainer to buffer: a checkpoint directory is complete."""
+
+    rollout_step: int
+    incarnation: int
+    path: str
+    step: int
+
+
+class Committed(Message, frozen=True, kw_only=True):
+    """Buffer to trainer: a version ("version"), a checkpoint ("checkpoint") or a batch ("trained") is on disk."""
+
+    what: str
+    number: int
+
+
+class Finish(Message, frozen=True, kw_only=True):
+    """Buffer to actors: every batch of the run is trained, or none can be formed any more."""
+
+    reason: str
+
+
+# Supervisor and actors.
+
+
+class MemberLost(Message, frozen=True, kw_only=True):
+    """Supervisor to buffer: this process is gone; do not wait for its silence."""
+
+    name: str
+    incarnation: str
+    reason: str
+    ours: bool = False
+    """We killed it: its attempts do not count."""
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """Supervisor to an actor: finish or hand back what you hold, then leave."""
+
+    reason: str = ""
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """Supervisor to an actor: leave now."""
+
+
+class Telemetry(Message, frozen=True, kw_only=True):
+    """Actor to supervisor: what people may see. Losing one loses nothing else."""
+
+    name: str
+    state: str = ""
+    """One word: starting, working, draining."""
+    waits: dict[str, float] = {}
+    """Seconds spent in each named wait since start."""
+    waiting: dict[str, float] = {}
+    """What is waited for now, and for how long."""
+    wall_s: float = 0.0
+    gauges: dict[str, float] = {}
+    """Metric name to value, the newest."""
+    version: int = -1
+    lines: list[str] = []
+    """Log lines for the console, JSON objects."""
+    facts: bytes = b""
+    """JSON object of whatever the role has to show (step reports, evaluations, queue states)."""
+
+
+class Exiting(Message, frozen=True, kw_only=True):
+    """Actor to supervisor: my last words."""
+
+    name: str
+    code: int
+    message: str = ""
+
+
+class AttachRequest(Message, frozen=True, kw_only=True):
+    """A newcomer to the supervisor."""
+
+    role: str
+    name: str = ""
+    protocol: int
+    schema: str
+    host: str = ""
+
+
+class AttachReply(Message, frozen=True, kw_only=True):
+    """All a newcomer needs; it dials the buffer itself."""
+
+    name: str = ""
+    plan: bytes = b""
+    """The plan as JSON."""
+    buffer_address: str = ""
+    run_dir: str = ""
+    problem: str = ""
+    """Not empty: refused, and why."""
+
+
+class DetachRequest(Message, frozen=True, kw_only=True):
+    """`asyncrl detach` to the supervisor."""
+
+    name: str
+    drain: bool = True
+
+
+class StatusRequest(Message, frozen=True, kw_only=True):
+    """`asyncrl status` to the supervisor."""
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    """The supervisor's answer to detach and status."""
+
+    ok: bool
+    text: str = ""
+    data: bytes = b""
+    """JSON."""
+
+
+ToBuffer = (
+    Hello
+    | Heartbeat
+    | Goodbye
+    | Want
+    | Reports
+    | Scores
+    | Verdict
+    | Issue
+    | EvaluationSeen
+    | Trained
+    | Published
+    | Swapped
+    | Saved
+)
+FromBuffer = (
+    Welcome
+    | Refused
+    | Leases
+    | Acks
+    | Need
+    | Evaluated
+    | BatchPart
+    | NewVersion
+    | Retire
+    | Committed
+    | Finish
+)
+ToSupervisor = Hello | Telemetry | Exiting | AttachRequest | DetachRequest | StatusRequest
+FromSupervisor = Welcome | Refused | MemberLost | Drain | Stop | AttachReply | Reply

@@ -1,0 +1,70 @@
+"""Bodies between messages and samples: encode a part, and put samples together from a message's frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import msgspec
+
+from asyncrl.errors import ProtocolError
+from asyncrl.messages.control import GroupParts
+from asyncrl.messages.sample import Prompt, Sample, Score, Segment, assemble
+
+Body = Prompt | Segment | Score
+T = TypeVar("T")
+
+
+def encode_body(body: Body) -> bytes:
+    """msgpack bytes of a part."""
+    return msgspec.msgpack.encode(body)
+
+
+def decode_prompt(frame: bytes) -> Prompt:
+    """The prompt in a frame. Raises ProtocolError."""
+    return _decode(frame, Prompt)
+
+
+def unpack(groups: Iterable[GroupParts], frames: Iterable[bytes]) -> list[list[Sample]]:
+    """The samples of each group, in the order of the parts. Raises ProtocolError when frames do not fit."""
+    stream = iter(frames)
+    unpacked = [_unpack_group(parts, stream) for parts in groups]
+    if next(stream, None) is not None:
+        raise ProtocolError("a message has more frames than its groups name")
+    return unpacked
+
+
+def _unpack_group(parts: GroupParts, stream: Iterator[bytes]) -> list[Sample]:
+    prompt = _decode(_next(stream), Prompt)
+    samples = []
+    for index, status, num_segments in zip(parts.indices, parts.statuses, parts.segments, strict=True):
+        segments = [_decode(_next(stream), Segment) for _ in range(num_segments)]
+        score = _decode(_next(stream), Score) if parts.scored else None
+        if score is not None and index in parts.removed:
+            score = msgspec.structs.replace(score, remove_sample=True)
+        samples.append(
+            assemble(
+                group_id=parts.group_id,
+                index=index,
+                prompt=prompt,
+                segments=segments,
+                score=score,
+                status=status,
+                lane=parts.lane,
+            )
+        )
+    return samples
+
+
+def _next(stream: Iterator[bytes]) -> bytes:
+    frame = next(stream, None)
+    if frame is None:
+        raise ProtocolError("a message has fewer frames than its groups name")
+    return frame
+
+
+def _decode(frame: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.msgpack.decode(frame, type=kind)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a body is not a {kind.__name__}: {error}") from error

@@ -1,0 +1,279 @@
+"""The buffer: the one desk where every sample rests. A thin edge around the ledger and the store.
+
+Events go into the ledger as they arrive; the commit loop pumps it, has the store write the transaction on a
+thread, and only then sends what the transaction allows. While one transaction is being written, the events
+of the next gather.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import xxhash
+
+from asyncrl.actor.base import SCHEMA, Actor, Context
+from asyncrl.buffer.book import Frame
+from asyncrl.buffer.config import LedgerConfig
+from asyncrl.buffer.delivery import Courier
+from asyncrl.buffer.ledger import TICK_S, Ledger
+from asyncrl.buffer.members import Members
+from asyncrl.buffer.pump import Pump
+from asyncrl.buffer.restore import release_all, restore
+from asyncrl.buffer.states import Outgoing, Transaction, WorkerRecord
+from asyncrl.buffer.store import Store
+from asyncrl.errors import ExitCode, RunError
+from asyncrl.link import Delivery, PeerGone, ServerLink, bind
+from asyncrl.messages import control
+from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
+from asyncrl.messages.sample import Settled
+from asyncrl.obs.view import PhaseUpdate, QueueUpdate
+from asyncrl.topology.plan import Plan
+
+
+class BufferRole(Actor):
+    """See the module's docstring.
+
+    consumes: everything its peers say    waits for: peers    unblocked by: every role
+    produces: acknowledgements, leases, batches, versions, after the commit they rest on
+    """
+
+    role = "buffer"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.ledger = Ledger(ledger_config(self.plan))
+        self.members = Members(self.ledger, run_id=self.plan.topology.run.name)
+        self.pump = Pump(self.ledger)
+        self._changed = asyncio.Event()
+        self._link: ServerLink | None = None
+        self._store: Store | None = None
+        self._courier: Courier | None = None
+        self._told_end = False
+        self._commits: deque[tuple[float, int]] = deque(maxlen=64)
+
+    @property
+    def store(self) -> Store:
+        """The open store."""
+        assert self._store is not None
+        return self._store
+
+    async def open(self) -> None:
+        options = self.plan.topology.buffer
+        self._store = await self.compute(
+            lambda: Store(self.context.run_dir, segment_bytes=options.segment_bytes)
+        )
+        await self.compute(lambda: restore(self.ledger, self.members, self.store))
+        if self.context.resumed:
+            release_all(self.ledger, "the run was resumed", time.time())
+        self._courier = Courier(self.store, window_bytes=options.window_bytes)
+        self._link = bind(
+            self.context.desk_address,
+            receives=ToBuffer,
+            security=self.context.key,
+            hub=self.context.hub,
+            on_malformed=lambda peer, why: self.log.warning("malformed", peer=peer.decode(errors="replace"), why=why),
+        )
+
+    async def begin(self) -> None:
+        assert self._link is not None
+        await self._say(self.hello(address=self._link.address))
+
+    def loops(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return [self._read(), self._commit(), self._tick()]
+
+    async def _read(self) -> None:
+        """consumes: messages of peers    waits for: peers    produces: ledger events"""
+        assert self._link is not None
+        while True:
+            with self.waits("message"):
+                delivery = await self._link.recv()
+            await self._take(delivery)
+            self._changed.set()
+
+    async def _take(self, delivery: Delivery) -> None:
+        now = time.time()
+        message, peer = delivery.message, delivery.peer
+        if isinstance(message, control.Hello):
+            await self._hello(peer, message, now)
+            return
+        worker = self.ledger.fleet.workers.get(peer)
+        if worker is None:
+            await self._refuse(peer, "say hello first: this desk does not know you (it may have been restarted)")
+            return
+        worker.last_seen = now
+        self._dispatch(worker, message, [_frame(f) for f in delivery.frames], now)
+
+    async def _hello(self, peer: bytes, hello: control.Hello, now: float) -> None:
+        if hello.protocol != PROTOCOL or hello.schema != SCHEMA:
+            text = f"protocol {hello.protocol} schema {hello.schema}, here {PROTOCOL} and {SCHEMA}"
+            await self._refuse(peer, f"{hello.name} runs other code than this run ({text}); install the same version")
+            return
+        self.members.join(peer, hello, now)
+
+    async def _refuse(self, peer: bytes, reason: str) -> None:
+        assert self._link is not None
+        with contextlib.suppress(PeerGone):
+            await self._link.send(peer, Refused(reason=reason))
+
+    def _dispatch(self, worker: WorkerRecord, message: Any, frames: list[Frame], now: float) -> None:
+        ledger, members = self.ledger, self.members
+        match message:
+            case control.Want():
+                ledger.fleet.want(worker, message)
+                if message.kind is Kind.TRAIN and self._courier is not None:
+                    self._courier.credit(message.num_bytes)
+            case control.Reports():
+                for report, frame in zip(message.reports, frames, strict=True):
+                    ledger.report(worker, report, frame, now)
+            case control.Scores():
+                for scored, frame in zip(message.scores, frames, strict=True):
+                    ledger.score(worker, scored, frame, now)
+            case control.Verdict():
+                ledger.verdict(worker, message, now)
+            case control.Issue():
+                ledger.issue(message, frames, now)
+            case control.Trained():
+                members.trained(worker, message, now)
+            case control.Published():
+                members.published(worker, message, now)
+            case control.Saved():
+                members.saved(worker, message, now)
+            case control.Swapped():
+                members.swapped(worker, message, now)
+            case control.EvaluationSeen():
+                members.evaluation_seen(message.version, message.incarnation)
+            case control.Goodbye():
+                members.leave(worker, message.reason or "goodbye", now)
+            case control.Heartbeat():
+                pass
+
+    async def on_control(self, message: Any) -> None:
+        if isinstance(message, MemberLost):
+            self.members.lost(message, time.time())
+            self._changed.set()
+
+    async def drain(self) -> None:
+        """No new leases and batches; the supervisor stops us when the others have left."""
+        self.ledger.draining = True
+        self._changed.set()
+
+    async def _tick(self) -> None:
+        """produces: silences noticed, disk space watched, gauges    waits for: the clock"""
+        while True:
+            await asyncio.sleep(TICK_S)
+            for name in self.members.tick(time.time()):
+                self.log.warning("silent", member=name)
+            free = shutil.disk_usage(self.context.run_dir).free
+            self.ledger.low_on_disk = free < self.plan.topology.buffer.min_free_bytes
+            self._changed.set()
+            await self._show()
+
+    async def _show(self) -> None:
+        counts = self.ledger.counts()
+        used = counts.pop("tickets_used")
+        free = counts.pop("tickets_free")
+        self.gauges = {f"queue/{state}": float(n) for state, n in counts.items()}
+        self.gauges |= {"queue/tickets_used": used, "queue/tickets_free": free}
+        for reason in Settled:
+            self.gauges[f"ledger/settled/{reason}"] = self.ledger.book.totals[f"settled.{reason}.groups"]
+        self.metrics.write(self.gauges, step=self.ledger.batches.num_trained)
+        await self.tell(QueueUpdate(counts=counts, tickets_used=used, tickets_total=self.ledger.batches.tickets))
+
+    async def _commit(self) -> None:
+        """consumes: the ledger's transactions    waits for: events, the disk    produces: every message"""
+        while True:
+            with self.waits("event"):
+                await self._changed.wait()
+            self._changed.clear()
+            self.pump.run(time.time())
+            if self.ledger.failure:
+                raise RunError(self.ledger.failure)
+            transaction = self.ledger.book.take()
+            if transaction.empty and not self._courier_has_work():
+                continue
+            began = time.monotonic()
+            with self.waits("commit"):
+                outgoing = await self.compute(lambda t=transaction: self._execute(t))
+            self._commits.append((time.monotonic() - began, len(transaction.samples)))
+            for item, frames in outgoing:
+                await self._post(item, frames)
+            await self._maybe_end()
+
+    def _courier_has_work(self) -> bool:
+        return self._courier is not None and self._courier.has_work
+
+    def _execute(self, transaction: Transaction) -> list[tuple[Outgoing, list[bytes]]]:
+        """On the compute thread: write, then read what the messages carry."""
+        assert self._courier is not None
+        self.store.write(transaction)
+        outgoing = [(item, self.store.read(item.bodies)) for item in transaction.sends]
+        trainer, evaluator = self.ledger.fleet.only("trainer"), self.ledger.fleet.only("evaluator")
+        if trainer is not None:
+            for batch in transaction.deliver:
+                self._courier.queue_batch(trainer.peer, batch)
+        if evaluator is not None:
+            for version, incarnation in transaction.evaluated:
+                self._courier.queue_evaluation(evaluator.peer, version, incarnation)
+        return outgoing + self._courier.take()
+
+    async def _post(self, item: Outgoing, frames: list[bytes]) -> None:
+        assert self._link is not None
+        try:
+            await self._link.send(item.peer, item.message, frames)
+        except PeerGone:
+            worker = self.ledger.fleet.workers.get(item.peer)
+            self.log.info("unreachable", member=worker.name if worker else "?", message=type(item.message).__name__)
+
+    async def _maybe_end(self) -> None:
+        if self.ledger.finished and not self._told_end:
+            self._told_end = True
+            self.state = "finished"
+            await self.tell(PhaseUpdate(phase="finished"))
+
+    async def close(self) -> None:
+        if self._link is not None:
+            await self._link.close(linger_s=1.0)
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                await self.compute(self._store.close)
+
+    def leave(self, code: ExitCode = ExitCode.FINISHED) -> None:
+        super().leave(ExitCode.FINISHED if self.ledger.finished else code)
+
+
+def _frame(data: bytes) -> Frame:
+    return Frame(bytes(data), xxhash.xxh3_128_hexdigest(data))
+
+
+def ledger_config(plan: Plan) -> LedgerConfig:
+    """The ledger's numbers, out of a plan."""
+    topology = plan.topology
+    rollout = topology.rollout
+    filters = (
+        rollout.dynamic_sampling_filter_path or rollout.buffer_filter_path or rollout.rollout_sample_filter_path
+    )
+    return LedgerConfig(
+        batch_size=rollout.rollout_batch_size,
+        max_staleness=rollout.max_staleness,
+        tickets=plan.tickets,
+        num_rollout=plan.num_rollout,
+        on_straggler=rollout.on_straggler,
+        allow_partial_train_step=topology.trainer.allow_partial_train_step,
+        partial_rollout=rollout.partial_rollout,
+        filters=filters is not None,
+        group_rm=any(table.group_rm for table in topology.reward),
+        max_refused_per_step=rollout.max_refused_per_step or 10 * rollout.rollout_batch_size,
+        max_attempts=rollout.max_attempts,
+        dead_after_s=topology.run.dead_after_s,
+        evaluates=bool(plan.eval_sets),
+        eval_interval=topology.eval.eval_interval,
+        skip_eval_before_train=topology.eval.skip_eval_before_train,
+        eval_share=topology.buffer.eval_share,
+    )
+

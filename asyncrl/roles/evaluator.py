@@ -1,0 +1,86 @@
+"""The evaluator: turns finished evaluations into numbers, and shows three answers with label and reward."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from asyncrl.actor.base import Context, DeskActor
+from asyncrl.messages.control import Evaluated, EvaluationSeen, GroupParts
+from asyncrl.messages.parts import unpack
+from asyncrl.messages.sample import Sample, Status
+from asyncrl.obs.view import EvalUpdate
+
+NUM_EXAMPLES = 3
+"""Answers that are shown of each evaluation."""
+
+
+class EvaluatorRole(DeskActor):
+    """See the module's docstring.
+
+    consumes: finished evaluations    waits for: versions that are due    unblocked by: generators, rewards
+    produces: eval/* metrics, and the word that they were seen
+    """
+
+    role = "evaluator"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._samples: list[Sample] = []
+
+    async def handle(self, message: Any, frames: list[bytes]) -> None:
+        if not isinstance(message, Evaluated):
+            return
+        if message.part == 0:
+            self._samples = []
+        self._samples += _flat(message.groups, frames)
+        if message.part + 1 == message.num_parts:
+            await self._finish(message.version, message.incarnation)
+
+    async def _finish(self, version: int, incarnation: int) -> None:
+        values: dict[str, float] = {}
+        rows: dict[str, float] = {}
+        for name in dict.fromkeys(sample.prompt.dataset for sample in self._samples):
+            samples = [sample for sample in self._samples if sample.prompt.dataset == name]
+            values[name] = statistics.fmean(reward_of(sample) for sample in samples)
+            rows |= eval_metrics(name, samples, version=version)
+        self.metrics.write(rows, step=version)
+        self.log.info("eval", version=version, incarnation=incarnation, **values)
+        for sample in self._samples[:NUM_EXAMPLES]:
+            self.log.info(
+                "example",
+                version=version,
+                prompt=sample.prompt.text,
+                answer=sample.text,
+                label=sample.prompt.label,
+                reward=reward_of(sample),
+            )
+        await self.tell(EvalUpdate(version=version, values=values, num_samples=len(self._samples)))
+        await self.send(EvaluationSeen(version=version, incarnation=incarnation))
+        self._samples = []
+
+
+def _flat(groups: list[GroupParts], frames: list[bytes]) -> list[Sample]:
+    return [sample for group in unpack(groups, frames) for sample in group]
+
+
+def reward_of(sample: Sample) -> float:
+    """The number a reward gave."""
+    return sample.score.reward if sample.score is not None else 0.0
+
+
+def eval_metrics(name: str, samples: list[Sample], *, version: int) -> dict[str, float]:
+    """The eval/* numbers of one set, named as in slime."""
+    lengths = [sample.num_tokens for sample in samples]
+    truncated = sum(sample.status is Status.TRUNCATED for sample in samples)
+    return {
+        f"eval/{name}": statistics.fmean(reward_of(sample) for sample in samples),
+        f"eval/{name}-truncated_ratio": truncated / len(samples),
+        f"eval/{name}/response_len/mean": statistics.fmean(lengths),
+        f"eval/{name}/response_len/median": statistics.median(lengths),
+        f"eval/{name}/response_len/max": max(lengths),
+        f"eval/{name}/response_len/min": min(lengths),
+        f"eval/{name}/num_samples": len(samples),
+        f"eval/{name}/version": version,
+    }
+

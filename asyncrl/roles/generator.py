@@ -1,0 +1,238 @@
+"""A generator: samples answers on leases, hands in what it has, and serves only weights it has verified.
+
+    leases -> one task per sample -> engine -> reports -> buffer
+    NewVersion -> receive, verify -> engine.load_weights -> Swapped, credit under the new version
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from asyncrl.actor.base import Context, DeskActor
+from asyncrl.actor.reports import Outbox
+from asyncrl.data.tokenizer import Tokenizer
+from asyncrl.engines import session
+from asyncrl.engines.base import Engine, OnNewWeights
+from asyncrl.engines.make import make_engine
+from asyncrl.errors import AsyncrlError, ExitCode, WeightsError
+from asyncrl.messages.control import Acks, Kind, Lease, Leases, NewVersion, Swapped, Want, Welcome
+from asyncrl.messages.hooks import Args
+from asyncrl.messages.parts import unpack
+from asyncrl.messages.sample import Sample, Segment, Status
+from asyncrl.messages.version import Manifest
+from asyncrl.obs.view import MemberUpdate
+from asyncrl.topology.flat import flat_options
+from asyncrl.topology.plugins import load_checked
+from asyncrl.weights.carriers import receive
+
+LEAD = 4
+"""Beyond `concurrency`, a 1/LEAD of it is asked for ahead, so that a free slot is filled without a round trip."""
+
+
+class GeneratorRole(DeskActor):
+    """See the module's docstring.
+
+    consumes: leases            waits for: work       unblocked by: source, trainer (tickets)
+    produces: reports           waits for: acknowledgements of progress    unblocked by: the buffer
+    """
+
+    role = "generator"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        assert context.index is not None, "a generator has a table"
+        self.table = self.plan.topology.generator[context.index]
+        self.outbox = Outbox(self.send)
+        self._jobs: asyncio.Queue[tuple[Lease, Sample, int]] = asyncio.Queue()
+        self._announced: Manifest | None = None
+        self._news = asyncio.Event()
+        self._engine: Engine | None = None
+        self._custom: Callable[..., Any] | None = None
+        self._args: Args | None = None
+        self._draining = False
+        self._held = 0
+        """Samples leased to us and not handed in."""
+        self._freed = (0, 0)
+        """Samples and bytes handed in since the last credit."""
+        self._room = asyncio.Event()
+        self._pause_s: float | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, once `open` has made it."""
+        assert self._engine is not None
+        return self._engine
+
+    async def open(self) -> None:
+        topology = self.plan.topology
+        tokenizer = await self.compute(lambda: Tokenizer.load(topology.trainer.hf_checkpoint))
+        skip = topology.rollout.rollout_skip_special_tokens
+        self._engine = make_engine(
+            self.plan,
+            self.context.index or 0,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=skip),
+        )
+        path = topology.rollout.custom_generate_function_path
+        if path is not None:
+            option = "rollout.custom_generate_function_path"
+            self._custom, _ = load_checked(path, kind="generate", option=option)
+            options = flat_options(self.plan, generator=self.context.index)
+            self._args = Args(options, custom_config_path=topology.run.custom_config_path)
+        await self.engine.start()
+
+    async def on_welcome(self, welcome: Welcome) -> None:
+        if welcome.announced is not None:
+            self._announce(welcome.announced)
+
+    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return [self._swap(), self._sample_all(), self.outbox.write(), self._credit()]
+
+    async def handle(self, message: Any, frames: list[bytes]) -> None:
+        match message:
+            case Leases():
+                self._take(message, frames)
+            case Acks():
+                self.outbox.acknowledged(message.acks)
+            case NewVersion():
+                self._announce(message.manifest)
+
+    def _announce(self, manifest: Manifest) -> None:
+        self._announced = manifest
+        self._news.set()
+
+    # Work.
+
+    def _take(self, message: Leases, frames: list[bytes]) -> None:
+        groups = unpack([lease.parts for lease in message.leases], frames)
+        sizes = iter(frames)
+        for lease, samples in zip(message.leases, groups, strict=True):
+            num_bytes = sum(len(next(sizes)) for _ in range(lease.parts.num_frames))
+            share = num_bytes // len(samples)
+            for sample in samples:
+                self._held += 1
+                self._jobs.put_nowait((lease, sample, share))
+
+    async def _sample_all(self) -> None:
+        """consumes: leased samples    waits for: leases    produces: one task per sample"""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                with self.waits("lease") if not self._held else self.waits("engine"):
+                    lease, sample, num_bytes = await self._jobs.get()
+                tasks.create_task(self._sample(lease, sample, num_bytes))
+
+    async def _sample(self, lease: Lease, sample: Sample, num_bytes: int) -> None:
+        """One sample from lease to last report; its room is free again when that report is on its way."""
+        out = self.outbox.open(lease.fence, sample.group_id, sample.index, sample.num_tokens)
+        uid = f"{lease.fence}.{sample.index}"
+        wrong_version = sample.lane == "eval" and lease.version != self.engine.version[0]
+        if self._draining or wrong_version:
+            await out.report(Segment(), Status.ABORTED, "not started")
+        else:
+            request = session.request_for(self.plan, sample, uid=uid)
+            try:
+                await self._run(out, request, sample)
+            except (AsyncrlError, ValueError) as error:
+                if self._custom is None and not isinstance(error, ValueError):
+                    raise  # the engine's own failure ends the generator
+                await out.report(Segment(), Status.FAILED, str(error))
+        self._held -= 1
+        self._freed = (self._freed[0] + 1, self._freed[1] + num_bytes)
+        self._room.set()
+
+    async def _run(self, out: Any, request: session.GenerateRequest, sample: Sample) -> None:
+        if self._custom is not None and self._args is not None:
+            piece = await session.generate_custom(self._custom, self.engine, request, sample, self._args)
+            await out.report(*piece)
+            return
+        async for segment, status in session.generate(self.engine, request):
+            await out.report(segment, status)
+
+    async def _credit(self) -> None:
+        """consumes: freed room    waits for: samples to end    produces: one Want for all of it"""
+        while True:
+            await self._room.wait()
+            self._room.clear()
+            samples, num_bytes = self._freed
+            self._freed = (0, 0)
+            await self._give_credit(samples, num_bytes)
+
+    async def _give_credit(self, samples: int, num_bytes: int) -> None:
+        version, incarnation = self.version
+        await self.send(
+            Want(
+                kind=Kind.GENERATE,
+                samples=samples,
+                num_bytes=num_bytes,
+                version=version,
+                incarnation=incarnation,
+                capacity=self._capacity,
+            )
+        )
+
+    @property
+    def _capacity(self) -> int:
+        return self.table.concurrency + self.table.concurrency // LEAD
+
+    # Versions.
+
+    async def _swap(self) -> None:
+        """consumes: announced versions    waits for: the trainer's pushes    produces: Swapped, credit"""
+        mode = OnNewWeights(self.table.on_new_weights)
+        deadline = self.plan.topology.weights.push_timeout_s
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            manifest = self._announced
+            assert manifest is not None
+            if (manifest.version, manifest.incarnation) == self.version:
+                continue
+            began = time.monotonic()
+            try:
+                tensors = await receive(manifest, deadline_s=deadline, security=self.context.key, hub=self.context.hub)
+            except WeightsError:
+                if self._announced is manifest:
+                    raise
+                continue  # retired while we were fetching it: a newer one has been announced
+            transfer_s = time.monotonic() - began
+            report = await self.engine.load_weights(manifest.version, manifest.incarnation, tensors, mode)
+            first = self.version[0] < 0
+            self.version = (manifest.version, manifest.incarnation)
+            self._pause_s = report.pause_s
+            await self.send(
+                Swapped(
+                    version=manifest.version,
+                    incarnation=manifest.incarnation,
+                    transfer_s=transfer_s,
+                    **msgspec.structs.asdict(report),
+                )
+            )
+            row = {"push/version": manifest.version, "push/pause_s": report.pause_s, "push/transfer_s": transfer_s}
+            self.metrics.write(row | {"push/bytes": manifest.num_bytes, "push/aborted": report.aborted})
+            self.log.info("version", version=manifest.version, digest=manifest.digest, pause_s=report.pause_s)
+            await self._give_credit(self._capacity if first else 0, self.table.max_bytes if first else 0)
+
+    # The end.
+
+    async def drain(self) -> None:
+        self._draining = True
+        while not self._jobs.empty():
+            await asyncio.sleep(0)  # let leases that have just arrived become samples to hand back
+        for uid in list(self.outbox.open_uids()):
+            self.engine.abort(uid)
+        await self.outbox.drained()
+        self.leave(ExitCode.DRAINED)
+
+    def member(self) -> MemberUpdate:
+        tokens = self._engine.statistics().generated_tokens if self._engine is not None else 0
+        return msgspec.structs.replace(
+            super().member(), version=self.version[0], generated_tokens=tokens, push_pause_s=self._pause_s
+        )
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            await self._engine.close()

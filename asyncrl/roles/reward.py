@@ -1,0 +1,177 @@
+"""A reward worker: scores finished samples, and judges complete groups by the run's filters.
+
+User code runs in killable children (`rewards.sandbox`); a failing reward is a named failure of that sample,
+never a zero and never a lost sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from asyncrl.actor.base import Context, DeskActor
+from asyncrl.errors import ExitCode
+from asyncrl.messages.control import Acks, Kind, Lease, Leases, Scored, Scores, Verdict, Want
+from asyncrl.messages.parts import unpack
+from asyncrl.messages.sample import Sample, Score
+from asyncrl.rewards.base import RewardFailure, RewardSpec
+from asyncrl.rewards.sandbox import Sandbox
+from asyncrl.topology.flat import flat_options
+from asyncrl.topology.plan import Plan
+
+DRAIN_S = 20.0
+"""How long a leaving worker waits for what it is scoring."""
+
+
+class RewardRole(DeskActor):
+    """See the module's docstring.
+
+    consumes: leases of `generated` samples and complete groups    waits for: work    unblocked by: generators
+    produces: scores and verdicts                                  waits for: its children, with a deadline
+    """
+
+    role = "reward"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        assert context.index is not None, "a reward worker has a table"
+        self.table = self.plan.topology.reward[context.index]
+        self._sandbox = Sandbox(
+            reward_spec(self.plan, context.index),
+            timeout_s=self.table.timeout_s,
+            concurrency=self.table.concurrency,
+            name=self.name,
+            on_output=lambda text: self.log.info("reward output", text=text),
+        )
+        self._jobs: asyncio.Queue[tuple[Lease, list[Sample], int]] = asyncio.Queue()
+        self._busy = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._scored = self._failed = 0
+
+    async def open(self) -> None:
+        await self._sandbox.start()
+
+    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return [self._ask(), self._score_all()]
+
+    async def _ask(self) -> None:
+        """produces: the first credit; the rest follows results"""
+        window = self.plan.topology.buffer.window_bytes
+        await self._want(Kind.SCORE, self.table.batch, window)
+        await self._want(Kind.FILTER, self.table.batch, 0)
+        await asyncio.Event().wait()
+
+    async def _want(self, kind: Kind, samples: int, num_bytes: int) -> None:
+        await self.send(Want(kind=kind, samples=samples, num_bytes=num_bytes, capacity=self.table.batch))
+
+    async def handle(self, message: Any, frames: list[bytes]) -> None:
+        match message:
+            case Leases():
+                sizes = iter(frames)
+                groups = unpack([lease.parts for lease in message.leases], frames)
+                for lease, samples in zip(message.leases, groups, strict=True):
+                    num_bytes = sum(len(next(sizes)) for _ in range(lease.parts.num_frames))
+                    self._busy += 1
+                    self._idle.clear()
+                    self._jobs.put_nowait((lease, samples, num_bytes))
+            case Acks():
+                pass  # a refused score belongs to somebody else now: nothing to do here
+
+    async def _score_all(self) -> None:
+        """consumes: leases    waits for: leases    produces: one task per lease, bounded by our credit"""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                with self.waits("lease"):
+                    job = await self._jobs.get()
+                tasks.create_task(self._do(*job))
+
+    async def _do(self, lease: Lease, samples: list[Sample], num_bytes: int) -> None:
+        began = time.monotonic()
+        if lease.kind is Kind.FILTER:
+            await self._judge(lease, samples)
+        else:
+            await self._score(lease, samples)
+        self.gauges["reward/latency_s"] = time.monotonic() - began
+        await self._want(lease.kind, len(samples), num_bytes)
+        self._busy -= 1
+        if not self._busy:
+            self._idle.set()
+
+    async def _score(self, lease: Lease, samples: list[Sample]) -> None:
+        whole = self.table.group_rm and samples[0].lane == "train"
+        results = await (self._sandbox.score_group(samples) if whole else self._sandbox.score(samples))
+        scores, frames = [], []
+        for sample, result in zip(samples, results, strict=True):
+            scores.append(_scored(lease.fence, sample, result))
+            frames.append(msgspec.msgpack.encode(result) if isinstance(result, Score) else b"")
+            if isinstance(result, RewardFailure):
+                self._failed += 1
+                self.log.warning("reward failed", kind=result.kind, error=result.message, trace=result.traceback)
+        self._scored += len(scores)
+        self.gauges |= {"reward/scored": self._scored, "reward/failures": self._failed}
+        await self.send(Scores(scores=scores), frames)
+
+    async def _judge(self, lease: Lease, samples: list[Sample]) -> None:
+        verdict = await self._sandbox.verdict(samples)
+        group_id = lease.parts.group_id
+        if isinstance(verdict, RewardFailure):
+            self.log.warning("filter failed", group_id=group_id, kind=verdict.kind, error=verdict.message)
+            answer = Verdict(fence=lease.fence, group_id=group_id, keep=False, error=verdict.message)
+        else:
+            answer = Verdict(
+                fence=lease.fence,
+                group_id=group_id,
+                keep=verdict.keep,
+                reason=verdict.reason,
+                removed=[samples[position].index for position in verdict.removed],
+            )
+        await self.send(answer)
+
+    async def drain(self) -> None:
+        """What is being scored is finished; leases that arrive later go back with our goodbye."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await self._idle.wait()
+        except TimeoutError:
+            self.log.warning("left with work undone", leases=self._busy)
+        self.leave(ExitCode.DRAINED)
+
+    async def close(self) -> None:
+        self.metrics.write(self.gauges)
+        await self._sandbox.close()
+
+
+def _scored(fence: int, sample: Sample, result: Score | RewardFailure) -> Scored:
+    if isinstance(result, RewardFailure):
+        error = f"{result.kind}: {result.message}"
+        return Scored(fence=fence, group_id=sample.group_id, index=sample.index, error=error)
+    return Scored(
+        fence=fence,
+        group_id=sample.group_id,
+        index=sample.index,
+        reward=result.reward,
+        remove_sample=result.remove_sample,
+    )
+
+
+def reward_spec(plan: Plan, index: int) -> RewardSpec:
+    """What the children of a [[reward]] table are told."""
+    table, rollout = plan.topology.reward[index], plan.topology.rollout
+    return RewardSpec(
+        use=table.use,
+        rm_url=table.rm_url,
+        reward_key=table.reward_key,
+        eval_reward_key=table.eval_reward_key,
+        group_rm=table.group_rm,
+        custom_config_path=plan.topology.run.custom_config_path,
+        dynamic_sampling_filter_path=rollout.dynamic_sampling_filter_path,
+        buffer_filter_path=rollout.buffer_filter_path,
+        rollout_sample_filter_path=rollout.rollout_sample_filter_path,
+        options=flat_options(plan, reward=index),
+        search_paths=["."],
+    )

@@ -1,0 +1,93 @@
+"""The source: hands in as many prompts as the buffer asks for, and the evaluation sets when one is due."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any
+
+from asyncrl.actor.base import Context, DeskActor
+from asyncrl.data.open import eval_sets, open_source
+from asyncrl.data.source import EvalSet, PromptSource
+from asyncrl.messages.control import Issue, Issued, Need, Welcome
+from asyncrl.messages.parts import encode_body
+from asyncrl.messages.sample import Lane, Prompt
+
+CHUNK = 1024
+"""Most groups in one message."""
+
+
+class SourceRole(DeskActor):
+    """See the module's docstring.
+
+    consumes: needs      waits for: the buffer to have room    unblocked by: groups that settle
+    produces: prompts, with the cursor after them              (committed in one transaction)
+    """
+
+    role = "source"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._needs: asyncio.Queue[Need] = asyncio.Queue()
+        self._source: PromptSource | None = None
+        self._eval_sets: list[EvalSet] = []
+        self._next_group = 0
+
+    async def open(self) -> None:
+        self._source = await self.compute(lambda: open_source(self.plan, self.context.run_dir))
+        self._eval_sets = await self.compute(lambda: eval_sets(self.plan))
+
+    async def on_welcome(self, welcome: Welcome) -> None:
+        self._next_group = welcome.next_group
+        source = self._source
+        if welcome.cursor and source is not None:
+            await self.compute(lambda: source.restore(welcome.cursor))
+
+    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return [self._serve()]
+
+    async def handle(self, message: Any, frames: list[bytes]) -> None:
+        del frames
+        if isinstance(message, Need):
+            self._needs.put_nowait(message)
+
+    async def _serve(self) -> None:
+        """consumes: needs    waits for: the buffer    produces: prompts"""
+        while True:
+            with self.waits("need"):
+                need = await self._needs.get()
+            if need.lane is Lane.EVAL:
+                await self._issue_evaluation(need.version)
+            else:
+                await self._issue(need.groups)
+
+    async def _issue(self, groups: int) -> None:
+        source = self._source
+        assert source is not None
+        while groups > 0:
+            count = min(groups, CHUNK)
+            prompts = await self.compute(lambda n=count: source.next(n))
+            cursor = await self.compute(source.cursor)
+            ended = len(prompts) < count or source.exhausted
+            samples = self.plan.topology.rollout.n_samples_per_prompt
+            await self._hand_in(Lane.TRAIN, prompts, samples=samples, cursor=cursor, ended=ended)
+            groups = 0 if ended else groups - count
+
+    async def _issue_evaluation(self, version: int) -> None:
+        prompts = await self.compute(lambda: [p for s in self._eval_sets for p in s.prompts()])
+        samples = self.plan.topology.eval.n_samples_per_eval_prompt
+        await self._hand_in(Lane.EVAL, prompts, samples=samples, ended=True, version=version)
+
+    async def _hand_in(
+        self, lane: Lane, prompts: Iterable[Prompt], *, samples: int, ended: bool, cursor: bytes = b"",
+        version: int = 0,
+    ) -> None:  # fmt: skip
+        issued, frames = [], []
+        for prompt in prompts:
+            issued.append(Issued(samples, len(prompt.tokens) // 4, prompt.dataset))
+            frames.append(encode_body(prompt))
+        first = self._next_group
+        self._next_group += len(issued)
+        await self.send(
+            Issue(lane=lane, first_group=first, prompts=issued, cursor=cursor, ended=ended, version=version), frames
+        )

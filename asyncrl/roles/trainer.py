@@ -1,0 +1,269 @@
+"""The trainer: takes recorded batches, trains, settles, publishes, saves. Compute is on one thread.
+
+    BatchPart... -> unpack, prepare (thread beside) -> train (compute thread) -> Trained
+                                                    -> snapshot -> write (thread beside) -> Published
+                                                    -> checkpoint -> Saved
+
+A trainer that starts again loads its newest committed checkpoint, is handed the batches after it as recorded,
+and publishes nothing until it reaches the last published step again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from asyncrl.actor.base import Context, DeskActor
+from asyncrl.errors import ExitCode
+from asyncrl.messages.control import BatchPart, Committed, Finish, Kind, Retire, Saved, Trained, Want, Welcome
+from asyncrl.messages.parts import unpack
+from asyncrl.messages.sample import Sample
+from asyncrl.obs.log import step_line
+from asyncrl.obs.view import NoteUpdate, StepUpdate
+from asyncrl.train.backend import Prepared, StepReport, make_backend, train_plan
+from asyncrl.train.loop import Trainer
+from asyncrl.weights.pushes import Pushes, PushSettings
+
+CHECKPOINTS = "checkpoints"
+
+
+class TrainerRole(DeskActor):
+    """See the module's docstring.
+
+    consumes: batches    waits for: a batch    unblocked by: generators and rewards, through the buffer
+    produces: trained, versions, checkpoints
+    """
+
+    role = "trainer"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.trainer = Trainer(make_backend(train_plan(self.plan.topology)))
+        self.pushes = Pushes(
+            self._push_settings(),
+            weights=self.trainer.backend.weights,
+            send=self.send,
+            record=lambda row, version: self._record(row, version),
+            security=context.key,
+            hub=context.hub,
+        )
+        self.incarnation = 0
+        self._parts: asyncio.Queue[tuple[BatchPart, list[bytes]]] = asyncio.Queue()
+        self._prepared: asyncio.Queue[tuple[int, str, Prepared]] = asyncio.Queue(
+            maxsize=max(1, self.plan.topology.trainer.prefetch_batches)
+        )
+        self._finish = asyncio.Event()
+        self._draining = False
+        self._saved = -1
+        self._last_end = time.monotonic()
+        self._committed: dict[tuple[str, int], asyncio.Event] = {}
+
+    def _push_settings(self) -> PushSettings:
+        topology = self.plan.topology
+        address = topology.run.publisher_address or "tcp://127.0.0.1:0"
+        if self.context.hub is not None:
+            address = "memory://publisher"
+        return PushSettings(
+            run_id=topology.run.name,
+            directory=topology.weights.directory,
+            run_dir=str(self.context.run_dir),
+            keep=2,
+            address="" if topology.weights.carrier == "shm" else address,
+        )
+
+    def _record(self, row: dict[str, float], version: int) -> None:
+        self.metrics.write(row, step=version)
+
+    async def on_welcome(self, welcome: Welcome) -> None:
+        start = welcome.trainer
+        assert start is not None, "the buffer tells a trainer where to start"
+        self.incarnation = start.incarnation
+        checkpoint = Path(start.checkpoint) if start.checkpoint else None
+        step = await self.compute(lambda: self.trainer.start(checkpoint=checkpoint))
+        self._saved = step
+        await self.pushes.open(start)
+        await self.pushes.push(step, self._step)
+        await self._want(1 + self.plan.topology.trainer.prefetch_batches, self.plan.topology.buffer.window_bytes)
+
+    @property
+    def _step(self) -> int:
+        return self.trainer.rollout_step * self.plan.num_steps_per_rollout
+
+    async def _want(self, batches: int, num_bytes: int) -> None:
+        await self.send(Want(kind=Kind.TRAIN, samples=batches, num_bytes=num_bytes))
+
+    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return [self._fetch(), self._train(), self.pushes.serve(), self.pushes.write()]
+
+    async def handle(self, message: Any, frames: list[bytes]) -> None:
+        match message:
+            case BatchPart():
+                self._parts.put_nowait((message, frames))
+            case Retire():
+                self.pushes.retire(message.below)
+            case Committed():
+                self._event(message.what, message.number).set()
+
+    def _event(self, what: str, number: int) -> asyncio.Event:
+        return self._committed.setdefault((what, number), asyncio.Event())
+
+    # Batches.
+
+    async def _fetch(self) -> None:
+        """consumes: pieces of batches    waits for: the buffer    produces: prepared batches, one ahead"""
+        groups: list[list[Sample]] = []
+        while True:
+            part, frames = await self._parts.get()
+            if part.part == 0:
+                groups = []
+            groups += await asyncio.to_thread(unpack, part.groups, frames)
+            await self._want(0, part.num_bytes)
+            if part.part + 1 == part.num_parts:
+                prepared = await asyncio.to_thread(self.trainer.prepare, groups)
+                await self._prepared.put((part.batch, part.recorded_digest, prepared))
+
+    async def _train(self) -> None:
+        """consumes: prepared batches    waits for: "batch"    produces: trained batches, versions, checkpoints"""
+        while True:
+            with self.waits("batch"):
+                job = await self._next()
+            if job is None:
+                break
+            batch, recorded, prepared = job
+            if batch < self.trainer.rollout_step:
+                continue  # delivered again after we had trained it
+            await self._train_one(batch, recorded, prepared)
+            if self._draining:
+                break
+        await self._last_deeds()
+
+    async def _next(self) -> tuple[int, str, Prepared] | None:
+        """The next batch; None once the run ends or drains."""
+        waiters = [asyncio.create_task(self._prepared.get()), asyncio.create_task(self._finish.wait())]
+        done, pending = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        job = waiters[0]
+        return job.result() if job in done else None  # type: ignore[return-value]
+
+    async def _train_one(self, batch: int, recorded: str, prepared: Prepared) -> None:
+        waited_s = time.monotonic() - self._last_end
+        started = time.time()
+        report, digest = await self.compute(
+            functools.partial(self.trainer.train_prepared, batch, prepared)
+        )
+        ended = time.time()
+        if recorded and recorded != digest:
+            self.log.warning("retrained differently", batch=batch, recorded=recorded, digest=digest)
+        await self.send(
+            Trained(
+                batch=batch,
+                incarnation=self.incarnation,
+                step=report.step,
+                digest=digest,
+                started=started,
+                ended=ended,
+                tokens=report.num_tokens,
+            )
+        )
+        await self._want(1, 0)
+        await self._after_step(report)
+        await self._show(report, started=started, ended=ended, waited_s=waited_s)
+        self._last_end = time.monotonic()
+
+    async def _after_step(self, report: StepReport) -> None:
+        step = self.trainer.rollout_step
+        last = step == self.plan.num_rollout
+        interval = self.plan.topology.rollout.update_weights_interval
+        if step % interval == 0 or last:
+            await self.pushes.push(step, report.step)
+        save_interval = self.plan.topology.trainer.save_interval
+        if last or (save_interval is not None and step % save_interval == 0):
+            await self._save()
+
+    async def _save(self) -> None:
+        step = self.trainer.rollout_step
+        if step <= self._saved:
+            return
+        began = time.monotonic()
+        with self.waits("checkpoint"):
+            path = await self.compute(lambda: self.trainer.save(self.context.run_dir / CHECKPOINTS))
+            message = Saved(rollout_step=step, incarnation=self.incarnation, path=str(path), step=self._step)
+            await self.send(message)
+            await self._event("checkpoint", step).wait()
+        self._saved = step
+        self.metrics.write({"perf/save_model_time": time.monotonic() - began}, step=step)
+        await self.tell(NoteUpdate(text=f"checkpoint of rollout step {step} in {path}"))
+
+    async def _last_deeds(self) -> None:
+        """Publish and save what is not; a drained trainer saves only."""
+        step = self.trainer.rollout_step
+        if not self._draining:
+            await self.pushes.push(step, self._step)
+        await self._save()
+        if self._draining:
+            self.leave(ExitCode.DRAINED)
+        await asyncio.Event().wait()
+
+    async def on_finish(self, message: Finish) -> None:
+        """The first word means that no batch will come; the second one, that everything is done."""
+        if self._finish.is_set() or self.trainer.rollout_step == self.plan.num_rollout:
+            await super().on_finish(message)
+        self._finish.set()
+
+    async def drain(self) -> None:
+        self._draining = True
+        self._finish.set()
+
+    # What people see.
+
+    async def _show(self, report: StepReport, *, started: float, ended: float, waited_s: float) -> None:
+        step, metrics = self.trainer.rollout_step, dict(report.metrics)
+        seconds = ended - started
+        metrics |= {
+            "perf/train_time": seconds,
+            "perf/step_time": seconds + waited_s,
+            "perf/train_wait_time": waited_s,
+            "perf/wait_time_ratio": waited_s / max(seconds + waited_s, 1e-9),
+        }
+        self.metrics.write(metrics, step=step)
+
+        def number(name: str) -> float:
+            return float(metrics.get(name, 0.0))
+
+        step_line(
+            structlog.stdlib.get_logger().bind(actor=self.name),
+            step=step,
+            total_steps=self.plan.num_rollout,
+            version=step,
+            reward=number("rollout/raw_reward"),
+            loss=number("train/loss"),
+            num_samples=report.num_samples,
+            num_tokens=report.num_tokens,
+            step_s=seconds,
+            wait_s=waited_s,
+            staleness_mean=number("staleness/mean"),
+            staleness_max=number("staleness/max"),
+        )
+        await self.tell(
+            StepUpdate(
+                step=step,
+                version=step,
+                reward=number("rollout/raw_reward"),
+                num_tokens=report.num_tokens,
+                staleness_mean=number("staleness/mean"),
+                staleness_max=number("staleness/max"),
+                response_len=metrics.get("rollout/response_len/mean"),
+                truncated_ratio=metrics.get("rollout/truncated_ratio"),
+            )
+        )
+
+    async def close(self) -> None:
+        await self.pushes.close()
+

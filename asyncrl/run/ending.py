@@ -1,0 +1,124 @@
+"""What follows a run: the audit, the exported model's accuracy, the summary, the final exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from asyncrl.buffer.audit import audit
+from asyncrl.buffer.records import Records
+from asyncrl.errors import ExitCode, StorageError
+from asyncrl.obs.summary import RunSummary, SummaryTable
+from asyncrl.run.session import Session
+from asyncrl.topology.plan import Plan
+
+EXPORT_TIMEOUT_S = 600.0
+"""How long plain transformers may take over the held-out prompts."""
+
+
+def conclude(session: Session, code: ExitCode, *, console: Console) -> ExitCode:
+    """Audit, verify the export, print the summary; returns the exit code that tells the truth."""
+    run_dir = session.run_dir.path
+    if not (run_dir / "buffer.db").exists():
+        if session.detail:
+            Console(stderr=True, highlight=False).print(f"asyncrl: {session.detail}", soft_wrap=True)
+        return code
+    report = audit(run_dir)
+    exported = None
+    problems = []
+    if not report.closes:
+        problems.append("the audit does not close")
+    with Records(run_dir) as records:
+        newest = records.newest_checkpoint()
+        if code is ExitCode.FINISHED and session.plan.topology.eval.verify_export and newest:
+            console.print("taking the accuracy again from the exported checkpoint, by transformers generate ...")
+            exported = exported_accuracy(session.plan, newest)
+        summary = summarise(session, records, code, exported=exported, export_dir=newest or "")
+    minimum = session.plan.topology.eval.min_final_accuracy
+    if code is ExitCode.FINISHED and minimum is not None and (summary.accuracy_after or 0.0) < minimum:
+        problems.append(f"held-out accuracy ended at {summary.accuracy_after}, below eval.min_final_accuracy {minimum}")
+    if problems and code is ExitCode.FINISHED:
+        code = ExitCode.FAILED
+    detail = "; ".join([*filter(None, [session.detail]), *problems])
+    summary = _finish(summary, code, detail, closes=report.closes, verdict=report.verdict)
+    session.run_dir.set_status(exit_code=int(code), detail=detail)
+    session.run_dir.write("summary.json", json.dumps(_plain(summary), indent=1).encode())
+    console.print(SummaryTable(summary))
+    return code
+
+
+def summarise(
+    session: Session, records: Records, code: ExitCode, *, exported: float | None, export_dir: str
+) -> RunSummary:
+    """The numbers of the run, from its records."""
+    figures = records.figures()
+    evaluations = records.evaluations()
+    means = {v: sum(values.values()) / len(values) for v, values in evaluations.items() if values}
+    versions = sorted(means)
+    rewards = figures.reward_by_batch
+    return RunSummary(
+        run=session.run_dir.path.name,
+        run_dir=str(session.run_dir.path),
+        exit_code=code,
+        steps=figures.num_trained,
+        total_steps=session.plan.num_rollout,
+        wall_s=max(figures.wall_s, 1e-9) if figures.wall_s else time.time() - session.run_dir.status.started_at,
+        num_samples=figures.trained_samples,
+        generated_tokens=figures.received_tokens,
+        trained_tokens=figures.trained_tokens,
+        reward_first=rewards[0] if rewards else None,
+        reward_last=rewards[-1] if rewards else None,
+        accuracy_before=means[versions[0]] if versions and versions[0] == 0 else None,
+        accuracy_after=means[versions[-1]] if versions else None,
+        accuracy_exported=exported,
+        export_dir=export_dir,
+        overlap=figures.overlap,
+        staleness_mean=figures.staleness_mean,
+        staleness_max=figures.staleness_max,
+        max_staleness=session.plan.topology.rollout.max_staleness,
+    )
+
+
+def _finish(summary: RunSummary, code: ExitCode, detail: str, *, closes: bool, verdict: str) -> RunSummary:
+    import msgspec
+
+    return msgspec.structs.replace(summary, exit_code=code, detail=detail, audit_closes=closes, audit=verdict)
+
+
+def _plain(summary: RunSummary) -> dict[str, object]:
+    import msgspec
+
+    values: dict[str, object] = msgspec.to_builtins(summary)
+    return values
+
+
+def exported_accuracy(plan: Plan, checkpoint: str) -> float | None:
+    """Greedy accuracy of an exported checkpoint by plain transformers, in its own process. None: it failed."""
+    source, evals = plan.topology.source, plan.topology.eval
+    if not plan.eval_sets:
+        return None
+    command = [
+        sys.executable, "-m", "asyncrl.train.evaluate", checkpoint, plan.eval_sets[0].path,
+        "--input-key", evals.eval_input_key or source.input_key,
+        "--label-key", evals.eval_label_key or source.label_key or "label",
+        "--max-new-tokens", str(evals.eval_max_response_len),
+        "--reward", plan.topology.reward[0].use,
+    ]  # fmt: skip
+    if source.apply_chat_template:
+        command += ["--apply-chat-template", "--apply-chat-template-kwargs", json.dumps(source.apply_chat_template_kwargs)]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own module
+            command, capture_output=True, timeout=EXPORT_TIMEOUT_S, check=True, env=dict(os.environ)
+        )
+        return float(json.loads(done.stdout.decode().strip().splitlines()[-1])["accuracy"])
+    except (subprocess.SubprocessError, ValueError, KeyError, IndexError) as error:
+        text = getattr(error, "stderr", b"") or b""
+        raise StorageError(
+            f"{Path(checkpoint)}: the exported checkpoint could not be evaluated: {error} {text.decode()[-500:]}"
+        ) from error

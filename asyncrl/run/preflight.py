@@ -1,0 +1,101 @@
+"""What can be known to be wrong before anything starts: data, model directory, plug-ins, lengths.
+
+Everything found is reported at once; nothing here imports torch or user code into this process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from asyncrl.data.open import eval_sets, open_source
+from asyncrl.data.tokenizer import Tokenizer
+from asyncrl.errors import AsyncrlError, ConfigError, DataError
+from asyncrl.topology.plan import Plan, with_prompts
+from asyncrl.topology.plugins import check_plugins, is_plugin_path
+
+
+def preflight(plan: Plan, run_dir: Path) -> Plan:
+    """The plan with `num_rollout` known. Raises ConfigError with a line for each problem."""
+    problems = _model_problems(plan)
+    num_prompts: int | None = None
+    if not problems:
+        for check in (_tokenizer_problem, _eval_problem):
+            problem = check(plan)
+            problems += [problem] if problem else []
+        # A custom data source is user code: it is opened in the source's own process.
+        if not problems and plan.topology.source.data_source_path is None:
+            try:
+                num_prompts = open_source(plan, run_dir).num_prompts
+            except AsyncrlError as error:
+                problems.append(str(error))
+    problems += _plugin_problems(plan)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    if plan.num_rollout is None and num_prompts is not None:
+        return with_prompts(plan, num_prompts)
+    return plan
+
+
+def _model_problems(plan: Plan) -> list[str]:
+    topology = plan.topology
+    path = Path(topology.trainer.hf_checkpoint)
+    if not path.is_dir():
+        return [
+            f"trainer.hf_checkpoint: {path} is not a directory; give a Hugging Face model directory "
+            "(config.json, safetensors, tokenizer.json)"
+        ]
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        return [f"trainer.hf_checkpoint: {path / 'config.json'} cannot be read: {error}"]
+    problems = []
+    if not any(path.glob("*.safetensors")):
+        problems.append(f"trainer.hf_checkpoint: {path} has no *.safetensors file")
+    positions = config.get("max_position_embeddings")
+    longest = topology.rollout.rollout_max_response_len
+    limit = topology.rollout.rollout_max_context_len or positions
+    if limit is not None and longest >= limit:
+        problems.append(
+            f"rollout.rollout_max_response_len: {longest} tokens leave no room for a prompt in a context of {limit} "
+            "(rollout_max_context_len or the model's max_position_embeddings); lower it"
+        )
+    return problems
+
+
+def _tokenizer_problem(plan: Plan) -> str:
+    try:
+        tokenizer = Tokenizer.load(plan.topology.trainer.hf_checkpoint, option="trainer.hf_checkpoint")
+    except DataError as error:
+        return str(error)
+    if plan.topology.source.apply_chat_template and not tokenizer.has_chat_template:
+        return (
+            f"source.apply_chat_template: the tokenizer in {plan.topology.trainer.hf_checkpoint} has no chat "
+            "template; set apply_chat_template = false, or add chat_template.jinja to the model directory"
+        )
+    return ""
+
+
+def _eval_problem(plan: Plan) -> str:
+    try:
+        eval_sets(plan)
+    except AsyncrlError as error:
+        return str(error)
+    return ""
+
+
+def _plugin_problems(plan: Plan) -> list[str]:
+    rollout = plan.topology.rollout
+    named = [
+        ("rollout.dynamic_sampling_filter_path", "dynamic_sampling_filter", rollout.dynamic_sampling_filter_path),
+        ("rollout.rollout_sample_filter_path", "rollout_sample_filter", rollout.rollout_sample_filter_path),
+        ("rollout.buffer_filter_path", "buffer_filter", rollout.buffer_filter_path),
+        ("rollout.custom_generate_function_path", "generate", rollout.custom_generate_function_path),
+        ("source.data_source_path", "data_source", plan.topology.source.data_source_path),
+    ]
+    for table in plan.topology.reward:
+        if is_plugin_path(table.use):
+            kind = "group_reward" if table.group_rm else "reward"
+            named.append((f'reward "{table.name}".use', kind, table.use))
+    checks = [(option, kind, path) for option, kind, path in named if path is not None]
+    return check_plugins(checks, search_paths=["."]) if checks else []

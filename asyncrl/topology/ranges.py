@@ -1,0 +1,118 @@
+"""The numbers that single options may be; `checks` looks at combinations, `explain` prints these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`; `above` leaves `low` itself out."""
+
+    low: float
+    high: float = float("inf")
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        """Whether the number is allowed."""
+        if not isinstance(value, int | float):
+            return False
+        return (value > self.low if self.above else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        """The range as messages and `explain` say it."""
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
+
+
+_COUNT = Range(1)
+_NOT_NEGATIVE = Range(0)
+_POSITIVE = Range(0, above=True)
+_SHARE = Range(0, 1, above=True)
+
+_RANGES = {
+    **dict.fromkeys(
+        [
+            "run.num_rollout",
+            "source.num_epoch",
+            "source.rollout_max_prompt_len",
+            "rollout.rollout_batch_size",
+            "rollout.n_samples_per_prompt",
+            "rollout.rollout_max_response_len",
+            "rollout.rollout_max_context_len",
+            "rollout.update_weights_interval",
+            "rollout.over_sampling_batch_size",
+            "rollout.max_refused_per_step",
+            "rollout.max_attempts",
+            "rollout.progress_every_tokens",
+            "generator.replicas",
+            "generator.concurrency",
+            "generator.max_bytes",
+            "generator.num_threads",
+            "reward.replicas",
+            "reward.concurrency",
+            "reward.batch",
+            "buffer.window_bytes",
+            "buffer.segment_bytes",
+            "eval.eval_interval",
+            "eval.n_samples_per_eval_prompt",
+            "eval.eval_max_response_len",
+            "trainer.num_threads",
+            "trainer.global_batch_size",
+            "trainer.num_steps_per_rollout",
+            "trainer.max_tokens_per_gpu",
+            "trainer.micro_batch_size",
+            "trainer.lr_decay_iters",
+            "trainer.save_interval",
+            "trainer.keep_checkpoints",
+        ],
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        [
+            "run.max_restarts",
+            "rollout.rollout_min_new_tokens",
+            "rollout.max_staleness",
+            "buffer.min_free_bytes",
+            "eval.eval_temperature",
+            "trainer.prefetch_batches",
+            "trainer.lr",
+            "trainer.min_lr",
+            "trainer.lr_warmup_iters",
+            "trainer.lr_warmup_init",
+            "trainer.weight_decay",
+            "trainer.clip_grad",
+            "algorithm.kl_loss_coef",
+            "algorithm.tis_clip_low",
+            "run.seed",
+            "source.rollout_seed",
+        ],
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        [
+            "run.heartbeat_s",
+            "run.dead_after_s",
+            "run.stall_s",
+            "rollout.rollout_temperature",
+            "reward.timeout_s",
+            "buffer.lease_s",
+            "weights.push_timeout_s",
+            "trainer.adam_eps",
+            "algorithm.eps_clip_high",
+            "algorithm.tis_clip",
+            "algorithm.opsm_delta",
+        ],
+        _POSITIVE,
+    ),
+    **dict.fromkeys(["rollout.rollout_top_p", "eval.eval_top_p", "buffer.eval_share"], _SHARE),
+    **dict.fromkeys(["trainer.adam_beta1", "trainer.adam_beta2"], Range(0, 0.999999)),
+    "algorithm.eps_clip": _SHARE,
+    "algorithm.eps_clip_c": Range(1, above=True),
+    "rollout.rollout_top_k": Range(-1),
+    "eval.eval_top_k": Range(-1),
+    "trainer.log_probs_chunk_size": Range(-1),
+}
+RANGES: Mapping[str, Range] = MappingProxyType(_RANGES)
+"""`table.key` -> the numbers it may be."""

@@ -1,0 +1,1 @@
+"""Versions of the weights: their contents (`manifest`), their maker (`publisher`), their way (`carriers`)."""

@@ -1,0 +1,139 @@
+"""The trainer's pushes: a snapshot that stops training, then writing and announcing beside the next step.
+
+It owns the publisher and its stream endpoint. It decides only what a restarted trainer may publish: nothing
+until the last published step is reached again; there the digests are compared, and equal is the same version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from asyncrl.link import Hub, Key, ServerLink
+from asyncrl.messages.control import Published, TrainerStart
+from asyncrl.messages.version import Manifest
+from asyncrl.weights.carriers.stream import StreamServer, bind_stream
+from asyncrl.weights.publisher import Publisher, Snapshot
+
+SHM = Path("/dev/shm")  # noqa: S108 - shared memory is what this carrier is about
+
+
+class PushSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and how versions are published."""
+
+    run_id: str
+    directory: str | None
+    """None: /dev/shm where it is, else `run_dir`."""
+    run_dir: str
+    keep: int
+    """Versions whose bytes stay, at least."""
+    address: str
+    """Of the stream endpoint; empty: none."""
+
+
+class _Job(NamedTuple):
+    snapshot: Snapshot
+    version: int
+    step: int
+
+
+class Pushes:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        settings: PushSettings,
+        *,
+        weights: Callable[[], Mapping[str, torch.Tensor]],
+        send: Callable[[Published], Awaitable[None]],
+        record: Callable[[dict[str, float], int], None],
+        security: Key | None = None,
+        hub: Hub | None = None,
+    ) -> None:
+        """`weights` gives the live tensors, `send` speaks to the buffer, `record` writes metrics of a version."""
+        self._settings = settings
+        self._weights = weights
+        self._send = send
+        self._record = record
+        self._security = security
+        self._hub = hub
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue(maxsize=1)
+        self._publisher: Publisher | None = None
+        self._link: ServerLink | None = None
+        self._last = -1
+        self._recorded: Manifest | None = None
+
+    async def open(self, start: TrainerStart) -> None:
+        """Begin this life of the trainer."""
+        self._recorded = start.published
+        if self._settings.address:
+            self._link = bind_stream(self._settings.address, security=self._security, hub=self._hub)
+        directory = self._settings.directory
+        if directory is None:
+            directory = str(SHM) if SHM.is_dir() else str(Path(self._settings.run_dir) / "weights")
+        self._publisher = Publisher(
+            directory,
+            run_id=self._settings.run_id,
+            incarnation=start.incarnation,
+            keep=self._settings.keep,
+            address=self._link.address if self._link is not None else "",
+        )
+
+    def due(self, version: int) -> bool:
+        """Whether this version may be published, given what was published before the trainer's last death."""
+        return version > self._last and (self._recorded is None or version >= self._recorded.version)
+
+    async def push(self, version: int, step: int) -> None:
+        """Snapshot now (this is what training waits for); the rest happens beside the next step."""
+        if not self.due(version) or self._publisher is None:
+            return
+        self._last = version
+        publisher = self._publisher
+        began = time.monotonic()
+        snapshot = await asyncio.to_thread(lambda: publisher.snapshot(self._weights()))
+        self._record({"push/snapshot_s": time.monotonic() - began, "push/bytes": snapshot.num_bytes}, version)
+        await self._jobs.put(_Job(snapshot, version, step))
+
+    async def write(self) -> None:
+        """consumes: snapshots    waits for: the disk    produces: published versions"""
+        while True:
+            job = await self._jobs.get()
+            publisher = self._publisher
+            assert publisher is not None, "a snapshot comes from a publisher"
+            began = time.monotonic()
+            manifest = await asyncio.to_thread(
+                lambda j=job, p=publisher: p.write(j.snapshot, version=j.version, step=j.step)
+            )
+            old = self._recorded
+            if old is not None and (old.version, old.digest) == (manifest.version, manifest.digest):
+                manifest = msgspec.structs.replace(manifest, incarnation=old.incarnation)
+            self._record({"perf/update_weights_time": time.monotonic() - began}, job.version)
+            await self._send(Published(manifest=manifest))
+
+    async def serve(self) -> None:
+        """Answer receivers that cannot map our files."""
+        if self._link is None or self._publisher is None:
+            await asyncio.Event().wait()
+            return
+        await StreamServer(self._link, self._publisher).serve()
+
+    def retire(self, below: int) -> None:
+        """Nobody needs versions below this any more."""
+        if self._publisher is None:
+            return
+        for manifest in self._publisher.published():
+            if manifest.version < below:
+                self._publisher.retire(manifest.version)
+
+    async def close(self) -> None:
+        """Remove the published files and close the endpoint."""
+        if self._link is not None:
+            await self._link.close(linger_s=0)
+        if self._publisher is not None:
+            self._publisher.close()
