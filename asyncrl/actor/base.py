@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,34 +19,22 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from asyncrl.errors import AsyncrlError, ExitCode, ProtocolError, StalledError
-from asyncrl.link import ClientLink, Delivery, Hub, Key, LinkClosed, connect
-from asyncrl.messages.codec import Body, schema_hash
+from asyncrl.errors import AsyncrlError, ExitCode
+from asyncrl.link import ClientLink, Hub, Key, connect
+from asyncrl.messages.codec import schema_hash
 from asyncrl.messages.control import (
     PROTOCOL,
-    Drain,
-    Exiting,
-    Finish,
     FromBuffer,
-    FromSupervisor,
-    Goodbye,
-    Heartbeat,
     Hello,
-    Refused,
-    Stop,
-    Telemetry,
     ToBuffer,
-    ToSupervisor,
-    Welcome,
 )
+from asyncrl.messages.supervision import Drain, Exiting, FromSupervisor, Stop, Telemetry, ToSupervisor
 from asyncrl.obs.metrics import MetricsWriter, Waits
 from asyncrl.obs.view import MemberUpdate, Update
 from asyncrl.topology.plan import Plan
 
 T = TypeVar("T")
 
-WELCOME_DEADLINE_S = 60.0
-"""How long an actor waits for the buffer's answer to its hello."""
 LAST_WORDS_S = 1.0
 """How long a leaving actor tries to deliver what it has sent."""
 
@@ -266,92 +253,6 @@ class Actor:
         await self._say(Telemetry(name=self.name, state=self.state, gauges=self.gauges, facts=facts))
 
 
-class DeskActor(Actor):
-    """An actor that dials the buffer."""
-
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
-        self._desk: ClientLink | None = None
-        self._welcome: Welcome | None = None
-        self.version: tuple[int, int] = (-1, 0)
-        """(version, incarnation) it serves; named in every heartbeat."""
-
-    async def on_welcome(self, welcome: Welcome) -> None:
-        """The buffer has answered the hello."""
-
-    async def handle(self, message: Any, frames: list[bytes]) -> None:
-        """A message from the buffer other than Welcome, Refused and Finish. Must not block."""
-
-    async def on_finish(self, message: Finish) -> None:
-        """The run is over."""
-        del message
-        self.leave()
-
-    async def begin(self) -> None:
-        self._desk = connect(
-            self.context.desk_address,
-            identity=f"{self.name}.{self.context.incarnation}".encode(),
-            receives=FromBuffer,
-            security=self.context.key,
-            hub=self.context.hub,
-        )
-        await self._desk.send(self.hello())
-        with self.waits("welcome"):
-            delivery = await self._first_answer(self._desk)
-        if isinstance(delivery.message, Refused):
-            raise ProtocolError(f"{self.name}: the buffer refused us: {delivery.message.reason}")
-        assert isinstance(delivery.message, Welcome)
-        self._welcome = delivery.message
-
-    async def ready(self) -> None:
-        assert self._welcome is not None, "the buffer has answered"
-        await self.on_welcome(self._welcome)
-
-    async def _first_answer(self, desk: ClientLink) -> Delivery:
-        try:
-            async with asyncio.timeout(WELCOME_DEADLINE_S):
-                return await desk.recv()
-        except TimeoutError:
-            raise StalledError(
-                f"{self.name}: no answer from the buffer at {self.context.desk_address} in {WELCOME_DEADLINE_S:.0f} s"
-            ) from None
-
-    def loops(self) -> Sequence[Coroutine[Any, Any, None]]:
-        return [self._read_desk(), *self.work()]
-
-    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
-        """The role's own loops."""
-        return []
-
-    async def send(self, message: msgspec.Struct, frames: Sequence[Body] = ()) -> None:
-        """Say something to the buffer."""
-        assert self._desk is not None, "not connected yet"
-        await self._desk.send(message, frames)
-
-    async def _read_desk(self) -> None:
-        """consumes: everything the buffer says    waits for: the buffer    produces: calls of `handle`"""
-        assert self._desk is not None
-        while True:
-            delivery = await self._desk.recv()
-            match delivery.message:
-                case Finish():
-                    await self.on_finish(delivery.message)
-                case Refused():
-                    raise ProtocolError(f"{self.name}: the buffer refused us: {delivery.message.reason}")
-                case _:
-                    await self.handle(delivery.message, delivery.frames)
-
-    async def beat(self) -> None:
-        await self.send(Heartbeat(version=self.version[0], incarnation=self.version[1]))
-
-    async def _end(self) -> None:
-        if self._desk is not None:
-            with contextlib.suppress(LinkClosed, OSError):
-                await self._desk.send(Goodbye(reason=self.state))
-            await self._desk.close(linger_s=LAST_WORDS_S)
-        await super()._end()
-
-
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that a group of them is about: the first that is not a cancellation."""
     flat: list[BaseException] = []
@@ -364,8 +265,3 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
             flat.append(error)
     named = [error for error in flat if isinstance(error, AsyncrlError)]
     return (named or flat)[0]
-
-
-def monotonic() -> float:
-    """The clock of leases and silences."""
-    return time.monotonic()

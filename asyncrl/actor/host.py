@@ -121,7 +121,8 @@ def _run(plan: Plan, options: argparse.Namespace) -> ExitCode:
         return await live(actors)
 
     try:
-        return uvloop.run(lived())
+        code: ExitCode = uvloop.run(lived())
+        return code
     except BaseExceptionGroup as group:
         return report(first_error(group))
     except AsyncrlError as error:

@@ -21,19 +21,16 @@ import structlog
 
 from asyncrl.actor.base import SCHEMA
 from asyncrl.actor.launchers import Handle, Launcher
+from asyncrl.actor.reception import ATTACHABLE, attach, describe, detach
 from asyncrl.actor.roster import Fate, MemberState, Roster, State, story
 from asyncrl.errors import ExitCode, StalledError
 from asyncrl.link import Delivery, Hub, Key, PeerGone, ServerLink, bind
-from asyncrl.messages.control import (
-    PROTOCOL,
-    AttachReply,
+from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
+from asyncrl.messages.supervision import (
     AttachRequest,
     DetachRequest,
     Drain,
     Exiting,
-    Hello,
-    MemberLost,
-    Refused,
     Reply,
     StatusRequest,
     Stop,
@@ -49,7 +46,6 @@ DRAIN_DEADLINE_S = 120.0
 """How long a drain may take: a rollout step and a checkpoint."""
 FINISH_DEADLINE_S = 30.0
 """How long actors may take to leave once the run has finished."""
-ATTACHABLE = ("generator", "reward")
 
 _UPDATES = msgspec.json.Decoder(list[Update])
 
@@ -178,7 +174,9 @@ class Supervisor:
             self._fail(text)
             return
         await self._to_buffer(
-            MemberLost(name=member.name, incarnation=member.incarnation, reason=text, ours=member.killed_by_us)
+            MemberLost(
+                name=member.name, incarnation=member.incarnation, reason=text, ours=member.killed_by_us
+            )
         )
         await asyncio.sleep(self.roster.backoff_s(member))
         if not self.roster.ending:
@@ -264,7 +262,9 @@ class Supervisor:
 
     def _stalled(self, stall_s: float) -> StalledError:
         waits = [
-            f"{r.name} waits {r.waits_for_s:.0f} s for {r.waits_for}" for r in self._reports.values() if r.waits_for
+            f"{r.name} waits {r.waits_for_s:.0f} s for {r.waits_for}"
+            for r in self._reports.values()
+            if r.waits_for
         ]
         return StalledError(f"no rollout step for {stall_s:.0f} s (run.stall_s); " + "; ".join(waits))
 
@@ -290,7 +290,15 @@ class Supervisor:
                         member.state = State.GONE
                         self._gone(member)
             case AttachRequest():
-                await self._send(delivery.peer, self._attach(delivery.message))
+                reply = attach(
+                    self.roster,
+                    delivery.message,
+                    schema=SCHEMA,
+                    plan=self.plan,
+                    buffer_address=self._buffer,
+                    run_dir=self.run_dir,
+                )
+                await self._send(delivery.peer, reply)
             case DetachRequest():
                 await self._send(delivery.peer, await self._detach(delivery.message))
             case StatusRequest():
@@ -335,54 +343,20 @@ class Supervisor:
         self._reports[update.name] = update
         self._show_update(update)
 
-    def _attach(self, request: AttachRequest) -> AttachReply:
-        if request.protocol != PROTOCOL or request.schema != SCHEMA:
-            return AttachReply(problem="this run was started by another version of asyncrl; install the same one")
-        if request.role not in ATTACHABLE:
-            return AttachReply(problem=f'role "{request.role}" cannot be attached; allowed: {", ".join(ATTACHABLE)}')
-        if self.roster.ending or not self._buffer:
-            return AttachReply(problem=f"the run is {self.phase}; it takes no newcomers now")
-        known = self.roster.members.get(request.name)
-        if request.name and known is not None and known.state is not State.GONE:
-            return AttachReply(problem=f'the name "{request.name}" is taken; choose another one')
-        name = request.name or self.roster.free_name(f"attached-{request.role}")
-        return AttachReply(
-            name=name,
-            plan=msgspec.json.encode(self.plan),
-            buffer_address=self._buffer,
-            run_dir=str(self.run_dir.resolve()),
-        )
-
     async def _detach(self, request: DetachRequest) -> Reply:
-        member = self.roster.members.get(request.name)
-        if member is None or member.state is State.GONE or not member.peer:
-            here = ", ".join(m.name for m in self.roster.present() if m.role in ATTACHABLE)
-            return Reply(ok=False, text=f'nobody here is called "{request.name}"; present: {here}')
-        if member.role not in ATTACHABLE:
-            return Reply(ok=False, text=f"the {member.role} cannot leave a run; stop the run with Ctrl-C instead")
-        member.state = State.LEAVING
-        if request.drain:
-            await self._send(member.peer, Drain(reason="detached"))
-        else:
-            await self._send(member.peer, Stop())
-        self._show_update(NoteUpdate(text=f"{member.name} was asked to leave"))
-        return Reply(ok=True, text=f"{member.name} {'drains and leaves' if request.drain else 'leaves now'}")
+        reply, order = detach(self.roster, request)
+        if order is not None:
+            await self._send(self.roster.members[request.name].peer, order)
+            self._show_update(NoteUpdate(text=reply.text))
+        return reply
 
     def status(self) -> dict[str, Any]:
         """What `asyncrl status` shows of a live run."""
-        members = [
-            {
-                "name": m.name,
-                "role": m.role,
-                "state": str(m.state),
-                "pid": m.pid,
-                "restarts": m.restarts,
-                "attached": m.attached,
-                "report": msgspec.to_builtins(self._reports.get(m.name)),
-            }
-            for m in self.roster.members.values()
-        ]
-        return {"phase": self.phase, "failure": self.failure, "members": members}
+        return {
+            "phase": self.phase,
+            "failure": self.failure,
+            "members": describe(self.roster, self._reports),
+        }
 
     async def _to_buffer(self, message: MemberLost) -> None:
         for member in self.roster.present():

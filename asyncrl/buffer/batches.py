@@ -54,7 +54,9 @@ class Batches:
     def outstanding(self) -> int:
         """Groups that hold a ticket."""
         unpublished = sum(
-            self.records[batch].groups for batch in range(self.published, self.next_batch) if batch in self.records
+            self.records[batch].groups
+            for batch in range(self.published, self.next_batch)
+            if batch in self.records
         )
         return self.dues.total() + unpublished
 
@@ -133,7 +135,8 @@ class Batches:
 
     def rewind(self, first: int) -> list[BatchRecord]:
         """A trainer starts again at batch `first`: the batches from there on are untrained. Returns those
-        that had been trained."""
+        that had been trained.
+        """
         undone = [r for b, r in self.records.items() if b >= first and r.trained]
         for record in undone:
             record.trained = False

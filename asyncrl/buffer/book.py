@@ -18,6 +18,8 @@ from asyncrl.buffer.states import (
     Outgoing,
     SampleRecord,
     Transaction,
+    group_row,
+    sample_row,
 )
 from asyncrl.messages.control import Ack, Acks, Issued, Message, Report
 from asyncrl.messages.sample import Lane, Settled
@@ -97,11 +99,12 @@ class Book:
         self.totals["received.segments"] += 1
         self.touch(group, sample)
 
-    def add_score(self, group: GroupRecord, sample: SampleRecord, fence: int, worker: str, frame: Frame) -> None:
+    def add_score(
+        self, group: GroupRecord, sample: SampleRecord, fence: int, worker: str, frame: Frame
+    ) -> None:
         """Append a score to a sample."""
-        sample.score_body = self._append(
-            "score", group.group_id, sample.index, 0, [], fence, worker, frame
-        )
+        sample.score_body = self._append("score", group.group_id, sample.index, 0, [], fence, worker, frame)
+        sample.score_bytes = len(frame.data)
         self.totals["received.scores"] += 1
         self.touch(group, sample)
 
@@ -182,8 +185,8 @@ class Book:
                 self._totals_written[name] = value
         sends = [Outgoing(peer, Acks(acks=acks)) for peer, acks in self._acks.items()] + self._sends
         transaction = Transaction(
-            groups=list(self._dirty_groups.values()),
-            samples=list(self._dirty_samples.values()),
+            groups=[group_row(group) for group in self._dirty_groups.values()],
+            samples=[sample_row(*item) for item in self._dirty_samples.values()],
             bodies=self._bodies,
             rows=self._rows,
             sends=sends,

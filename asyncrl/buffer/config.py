@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncrl.topology.plan import Plan
+
 
 class LedgerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers of one run; see the topology's options of the same names."""
@@ -29,3 +31,32 @@ class LedgerConfig(msgspec.Struct, frozen=True, kw_only=True):
     eval_share: float = 0.5
     prompt_lead: int = 0
     """Fresh groups kept at the desk beyond those outstanding; 0: one batch."""
+
+
+def ledger_config(plan: Plan) -> LedgerConfig:
+    """The ledger's numbers, out of a plan."""
+    topology = plan.topology
+    rollout = topology.rollout
+    filters = (
+        rollout.dynamic_sampling_filter_path
+        or rollout.buffer_filter_path
+        or rollout.rollout_sample_filter_path
+    )
+    return LedgerConfig(
+        batch_size=rollout.rollout_batch_size,
+        max_staleness=rollout.max_staleness,
+        tickets=plan.tickets,
+        num_rollout=plan.num_rollout,
+        on_straggler=rollout.on_straggler,
+        allow_partial_train_step=topology.trainer.allow_partial_train_step,
+        partial_rollout=rollout.partial_rollout,
+        filters=filters is not None,
+        group_rm=any(table.group_rm for table in topology.reward),
+        max_refused_per_step=rollout.max_refused_per_step or 10 * rollout.rollout_batch_size,
+        max_attempts=rollout.max_attempts,
+        dead_after_s=topology.run.dead_after_s,
+        evaluates=bool(plan.eval_sets),
+        eval_interval=topology.eval.eval_interval,
+        skip_eval_before_train=topology.eval.skip_eval_before_train,
+        eval_share=topology.buffer.eval_share,
+    )

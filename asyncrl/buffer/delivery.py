@@ -6,6 +6,7 @@ batch that is delivered again is the same to the byte.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import dataclass
 
@@ -31,12 +32,15 @@ class Piece:
 
 
 class Courier:
-    """Used on the store's thread, but for `credit`, which only adds."""
+    """Used on the store's thread, but for `credit` and `has_work`, which the event loop calls."""
 
     def __init__(self, store: Store, *, window_bytes: int) -> None:
         self._store = store
         self._window_bytes = window_bytes
+        self._lock = threading.Lock()
+        """Around `_under_way`: an update lost between the two threads would be credit lost for ever."""
         self._under_way = 0
+        self._trainer = b""
         self._pieces: deque[Piece] = deque()
 
     @property
@@ -46,15 +50,21 @@ class Courier:
 
     def credit(self, num_bytes: int) -> None:
         """The trainer has taken in so many bytes."""
-        self._under_way = max(0, self._under_way - num_bytes)
+        with self._lock:
+            self._under_way = max(0, self._under_way - num_bytes)
 
     def forget(self, peer: bytes) -> None:
         """A receiver is gone: what was for it is dropped."""
         self._pieces = deque(piece for piece in self._pieces if piece.peer != peer)
-        self._under_way = 0
+        if peer == self._trainer:
+            with self._lock:
+                self._under_way = 0
 
     def queue_batch(self, peer: bytes, batch: int) -> None:
-        """A recorded batch for the trainer."""
+        """A recorded batch for the trainer; what was for another life of it is dropped."""
+        if peer != self._trainer:
+            self.forget(self._trainer)
+            self._trainer = peer
         row = self._store.db.execute(
             "select digest from trained where batch = ? order by incarnation desc limit 1", (batch,)
         ).fetchone()
@@ -85,12 +95,17 @@ class Courier:
         while self._pieces and self._fits(self._pieces[0]):
             piece = self._pieces.popleft()
             if piece.windowed:
-                self._under_way += piece.num_bytes
+                with self._lock:
+                    self._under_way += piece.num_bytes
             ready.append((Outgoing(piece.peer, piece.message), self._store.read(piece.bodies)))
         return ready
 
     def _fits(self, piece: Piece) -> bool:
-        return not piece.windowed or not self._under_way or self._under_way + piece.num_bytes <= self._window_bytes
+        return (
+            not piece.windowed
+            or not self._under_way
+            or self._under_way + piece.num_bytes <= self._window_bytes
+        )
 
     def _split(
         self, groups: list[tuple[GroupParts, list[int]]]

@@ -18,9 +18,14 @@ class Fleet:
         self.leases: dict[int, LeaseRecord] = {}
         self._by_identity: dict[tuple[str, str], WorkerRecord] = {}
         self._last_tick: float | None = None
+        self._absent_since: dict[tuple[str, str], float] = {}
+        """Identities that hold leases from before the buffer's restart and have not come back."""
 
     def join(self, peer: bytes, hello: Hello, now: float) -> WorkerRecord:
         """A worker said hello; leases of the same life stay its own (it reconnected)."""
+        before = self.find(hello.name, hello.incarnation)
+        if before is not None and before.peer != peer:
+            del self.workers[before.peer]
         worker = WorkerRecord(peer, hello.name, hello.role, hello.incarnation, now)
         worker.leases = {
             lease.fence
@@ -36,6 +41,27 @@ class Fleet:
         self.workers.pop(worker.peer, None)
         self._by_identity.pop((worker.name, worker.incarnation), None)
         return [self.leases.pop(fence) for fence in sorted(worker.leases) if fence in self.leases]
+
+    def orphaned(self, now: float) -> list[tuple[str, str]]:
+        """Identities whose leases outlived a restart of the buffer and who stayed away for `dead_after_s`."""
+        holders = {(lease.worker, lease.incarnation) for lease in self.leases.values()}
+        absent = holders - self._by_identity.keys()
+        self._absent_since = {who: self._absent_since.get(who, now) for who in absent}
+        return sorted(who for who, since in self._absent_since.items() if now - since > self.dead_after_s)
+
+    def absent(self, name: str) -> list[tuple[str, str]]:
+        """Lives of this name that hold leases but are not here."""
+        holders = {
+            (lease.worker, lease.incarnation) for lease in self.leases.values() if lease.worker == name
+        }
+        return sorted(holders - self._by_identity.keys())
+
+    def take_leases(self, identity: tuple[str, str]) -> list[LeaseRecord]:
+        """Withdraw what somebody who is not here holds."""
+        held = [x for x in self.leases.values() if (x.worker, x.incarnation) == identity]
+        for lease in held:
+            del self.leases[lease.fence]
+        return held
 
     def find(self, name: str, incarnation: str) -> WorkerRecord | None:
         """The worker with this identity, if it is here."""

@@ -60,6 +60,8 @@ class Ledger:
         """Rollout step of the newest committed checkpoint."""
         self.cursor = b""
         self.source_ended = False
+        self.num_prompts = 0
+        """Groups of the lane train handed in since this ledger was made."""
         self.draining = False
         self.low_on_disk = False
         self.failure = ""
@@ -78,8 +80,9 @@ class Ledger:
             if message.lane is Lane.TRAIN:
                 self.queues.fresh.append(group.group_id)
             else:
-                self._add_to_evaluation(group, message.version)
+                self._add_to_evaluation(group, message.version, now)
         if message.lane is Lane.TRAIN:
+            self.num_prompts += len(message.prompts)
             self.cursor = message.cursor
             self.source_ended = message.ended
             self.book.row("meta", "cursor", message.cursor)
@@ -87,17 +90,20 @@ class Ledger:
         elif message.ended:
             self._evaluation_issued(message.version, now)
 
-    def _add_to_evaluation(self, group: GroupRecord, version: int) -> None:
+    def _add_to_evaluation(self, group: GroupRecord, version: int, now: float) -> None:
         evaluation = self.versions.evaluation
-        assert evaluation is not None and evaluation.version == version, "prompts for no running evaluation"
-        group.version, group.incarnation = version, evaluation.incarnation
-        group.issued_seq = self.book.seq
+        group.version, group.issued_seq = version, self.book.seq
+        if evaluation is None or evaluation.issued or evaluation.version != version:
+            # Asked for twice, or for an evaluation that was given up: the ordinals are used all the same.
+            self.book.settle(group, Settled.UNNEEDED, now, f"no evaluation of version {version} waits for it")
+            return
+        group.incarnation = evaluation.incarnation
         evaluation.open_groups += 1
         self.queues.return_group(group)
 
     def _evaluation_issued(self, version: int, now: float) -> None:
         evaluation = self.versions.evaluation
-        if evaluation is not None and evaluation.version == version:
+        if evaluation is not None and evaluation.version == version and not evaluation.done:
             evaluation.issued = True
             self._maybe_end_evaluation(now)
 
@@ -138,24 +144,36 @@ class Ledger:
         elif report.status is Status.ABORTED:
             self._give_back(group, sample)
         else:
-            self._failed_attempt(group, sample, lease, report.reason or "generation failed", now)
+            counts = not (lease.progressed and self._keeps_tokens(group))
+            self._failed_attempt(
+                group, sample, lease, report.reason or "generation failed", now, counts=counts
+            )
 
     def _give_back(self, group: GroupRecord, sample: SampleRecord) -> None:
         sample.state = FRESH
-        if not self.config.partial_rollout or group.lane is Lane.EVAL:
+        if not self._keeps_tokens(group):
             self.book.discard_tokens(group, sample)
         self.queues.return_sample(group, sample)
         self.book.touch(group, sample)
 
+    def _keeps_tokens(self, group: GroupRecord) -> bool:
+        return self.config.partial_rollout and group.lane is Lane.TRAIN
+
     def _failed_attempt(
-        self, group: GroupRecord, sample: SampleRecord, lease: LeaseRecord, reason: str, now: float
+        self,
+        group: GroupRecord,
+        sample: SampleRecord,
+        lease: LeaseRecord,
+        reason: str,
+        now: float,
+        *,
+        counts: bool,
     ) -> None:
         """An attempt ended without a result: the sample goes back, or its group fails."""
-        if not lease.progressed:
-            sample.attempts += 1
+        sample.attempts += counts
         if sample.attempts >= self.config.max_attempts:
             note = f"sample {sample.index}: {sample.attempts} attempts at {lease.kind} failed; the last: {reason}"
-            self._settle(group, Settled.FAILED, now, note)
+            self._fail(group, now, note)
         elif lease.kind is Kind.GENERATE:
             self._give_back(group, sample)
         else:
@@ -184,7 +202,7 @@ class Ledger:
             lease = self.fleet.leases[scored.fence]
             self._end_part(lease, sample.index, "failed" if scored.error else "scored", now)
             if scored.error or frame is None:
-                self._failed_attempt(group, sample, lease, scored.error or "no score came", now)
+                self._failed_attempt(group, sample, lease, scored.error or "no score came", now, counts=True)
             else:
                 sample.state, sample.reward, sample.attempts = SCORED, scored.reward, 0
                 sample.removed = scored.remove_sample
@@ -195,6 +213,7 @@ class Ledger:
 
     def _maybe_complete(self, group: GroupRecord, now: float) -> None:
         if any(sample.state != SCORED for sample in group.samples):
+            self.queues.maybe_score_group(group)
             return
         if group.lane is Lane.EVAL:
             self._settle(group, Settled.EVALUATED, now)
@@ -225,7 +244,7 @@ class Ledger:
     def _judge(self, group: GroupRecord, verdict: Verdict, now: float) -> None:
         group.fence = 0
         if verdict.error:
-            self._settle(group, Settled.FAILED, now, f"filter: {verdict.error}")
+            self._fail(group, now, f"filter: {verdict.error}")
         elif verdict.keep:
             for index in verdict.removed:
                 group.samples[index].removed = True
@@ -235,20 +254,32 @@ class Ledger:
             self._settle(group, Settled.FILTERED, now, verdict.reason)
             self._count_refusal(verdict.reason)
 
+    def _fail(self, group: GroupRecord, now: float, note: str) -> None:
+        self._settle(group, Settled.FAILED, now, note)
+        if group.lane is Lane.TRAIN:
+            self._count_refusal(note)
+
     def _count_refusal(self, reason: str) -> None:
+        """Groups that no batch will ever have: too many in a row, and the run would go round for ever."""
         self.batches.refused += 1
         if self.batches.refused > self.config.max_refused_per_step:
             self.failure = (
-                f"the filters refused {self.batches.refused} groups in a row without a batch being cut "
-                f"(rollout.max_refused_per_step = {self.config.max_refused_per_step}); the last reason: "
-                f"{reason or 'none given'}. The prompts may all be too easy or too hard for this model, "
-                "or the filter too strict."
+                f"{self.batches.refused} groups in a row were refused by the filters or failed without a batch "
+                f"being cut (rollout.max_refused_per_step = {self.config.max_refused_per_step}); the last "
+                f"reason: {reason or 'none given'}. The prompts may all be too easy or too hard for this model, "
+                "the filter too strict, or the reward broken."
             )
 
     # Leases.
 
     def grant(
-        self, worker: WorkerRecord, kind: Kind, group: GroupRecord, indices: list[int], num_bytes: int, now: float
+        self,
+        worker: WorkerRecord,
+        kind: Kind,
+        group: GroupRecord,
+        indices: list[int],
+        num_bytes: int,
+        now: float,
     ) -> LeaseRecord:
         """Give samples to a worker; a whole-group lease for FILTER leaves their states alone."""
         fence = self.book.fence()
@@ -262,6 +293,9 @@ class Ledger:
         else:
             for index in indices:
                 sample = group.samples[index]
+                if sample.state == SCORED:
+                    lease.remaining.discard(index)  # a group is scored again for its other samples
+                    continue
                 sample.fence = fence
                 sample.state = GENERATING if kind is Kind.GENERATE else SCORING
         self.book.touch(group, *(group.samples[i] for i in indices))
@@ -290,7 +324,6 @@ class Ledger:
         for lease in leases:
             self.fleet.leases.pop(lease.fence, None)
             self.book.row("lease_end", now, reason, lease.fence)
-            lease.progressed = lease.progressed or ours
             if lease.kind is Kind.FILTER:
                 self._release_filter(lease)
                 continue
@@ -298,7 +331,8 @@ class Ledger:
                 group, sample = self._find(lease.group_id, index)
                 if group is not None and sample is not None and sample.fence == lease.fence:
                     sample.fence = 0  # a late result of this lease is refused, not taken for a repeat
-                    self._failed_attempt(group, sample, lease, reason, now)
+                    counts = not ours and not (lease.progressed and self._keeps_tokens(group))
+                    self._failed_attempt(group, sample, lease, reason, now, counts=counts)
 
     def _release_filter(self, lease: LeaseRecord) -> None:
         group = self.book.groups.get(lease.group_id)
@@ -324,9 +358,17 @@ class Ledger:
             self.end_lease(lease, f"group {reason}", now)
         self.batches.drop(group)
         self.book.settle(group, reason, now, note)
-        if group.lane is Lane.EVAL and self.versions.evaluation is not None:
-            self.versions.evaluation.open_groups -= 1
+        evaluation = self.versions.evaluation
+        if evaluation is not None and group.lane is Lane.EVAL:
+            evaluation.open_groups -= evaluation.key == (group.version, group.incarnation)
             self._maybe_end_evaluation(now)
+
+    def abandon_evaluation(self, now: float) -> None:
+        """Nobody can serve the evaluated version any more: another one will be evaluated in its stead."""
+        gone = self.versions.abandon_evaluation()
+        self.book.row("evaluation_gone", *gone.key)
+        for group in [g for g in self.book.groups.values() if g.lane is Lane.EVAL]:
+            self._settle(group, Settled.UNNEEDED, now, "the evaluated version was lost with the trainer")
 
     def _leases_on(self, group: GroupRecord) -> list[LeaseRecord]:
         fences = {sample.fence for sample in group.samples} | {group.fence}
@@ -358,4 +400,3 @@ class Ledger:
         states["tickets_used"] = self.batches.outstanding
         states["tickets_free"] = self.batches.tickets - states["tickets_used"]
         return states
-

@@ -5,10 +5,14 @@ from __future__ import annotations
 import msgspec
 
 from asyncrl.buffer.ledger import TICK_S, Ledger
-from asyncrl.buffer.states import WorkerRecord
+from asyncrl.buffer.states import WorkerRecord, parts_of
 from asyncrl.messages.control import (
     Committed,
+    Finish,
     Hello,
+    Kind,
+    Lease,
+    Leases,
     MemberLost,
     NewVersion,
     Published,
@@ -40,20 +44,46 @@ class Members:
         for other in ledger.fleet.with_role(hello.role):
             if other.name == hello.name and other.incarnation != hello.incarnation:
                 self._remove(other, "replaced", now, ours=True)
+        for name, incarnation in ledger.fleet.absent(hello.name):
+            if incarnation != hello.incarnation:
+                self._forget((name, incarnation), "replaced", now)
         worker = ledger.fleet.join(peer, hello, now)
         ledger.book.row("member", hello.name, hello.incarnation, hello.role, hello.host, hello.pid, now)
         start = self._start_trainer(worker, now) if hello.role == "trainer" else None
         welcome = Welcome(
             run_id=self.run_id,
-            announced=ledger.versions.announced,
+            announced=ledger.versions.announced if ledger.versions.held else None,
             trainer=start,
             cursor=ledger.cursor if hello.role == "source" else b"",
             next_group=ledger.book.next_group,
         )
         ledger.book.send(peer, welcome)
-        evaluation = ledger.versions.evaluation
-        if hello.role == "evaluator" and evaluation is not None and evaluation.done and not evaluation.seen:
-            ledger.book.deliver_evaluation(evaluation.version, evaluation.incarnation)
+        self._lease_again(worker)
+        if ledger.finished:
+            ledger.book.send(peer, Finish(reason="the run has finished"))
+        for evaluation in (ledger.versions.previous, ledger.versions.evaluation):
+            if (
+                hello.role == "evaluator"
+                and evaluation is not None
+                and evaluation.done
+                and not evaluation.seen
+            ):
+                ledger.book.deliver_evaluation(*evaluation.key)
+
+    def _lease_again(self, worker: WorkerRecord) -> None:
+        """What it holds already, once more: the message may have been lost. A known fence is to be ignored."""
+        ledger = self.ledger
+        leases: list[Lease] = []
+        bodies: list[int] = []
+        for fence in sorted(worker.leases):
+            lease = ledger.fleet.leases[fence]
+            group = ledger.book.groups[lease.group_id]
+            indices = sorted(lease.remaining) if lease.kind is Kind.GENERATE else lease.indices
+            parts, ids = parts_of(group, indices, scored=lease.kind is Kind.FILTER)
+            leases.append(Lease(fence=fence, kind=lease.kind, parts=parts, version=group.version))
+            bodies += ids
+        if leases:
+            ledger.book.send(worker.peer, Leases(leases=leases), bodies)
 
     def _start_trainer(self, worker: WorkerRecord, now: float) -> TrainerStart:
         ledger = self.ledger
@@ -64,6 +94,9 @@ class Members:
             self._rewind(step)
             row = (self.incarnation, worker.incarnation, self.checkpoints.get(step, ""), step, now)
             ledger.book.row("incarnation", *row)
+            ledger.versions.trainer_left()
+        else:
+            ledger.versions.trainer_back(incarnation=self.incarnation, num_trained=ledger.batches.num_trained)
         ledger.batches.on_delivery = step
         return TrainerStart(
             incarnation=self.incarnation,
@@ -92,26 +125,40 @@ class Members:
         worker = self.ledger.fleet.find(message.name, message.incarnation)
         if worker is not None:
             self._remove(worker, message.reason, now, ours=message.ours)
+        elif self.ledger.fleet.absent(message.name):
+            self._forget((message.name, message.incarnation), message.reason, now)
+
+    def _forget(self, identity: tuple[str, str], reason: str, now: float) -> None:
+        """Somebody from before the buffer's restart will not come back. Whose fault that is, nobody knows."""
+        self.ledger.book.seq += 1
+        self.ledger.release(self.ledger.fleet.take_leases(identity), reason, now, ours=True)
+        self.ledger.book.row("member_left", now, reason, *identity)
 
     def _remove(self, worker: WorkerRecord, reason: str, now: float, *, ours: bool) -> None:
         self.ledger.book.seq += 1
         leases = self.ledger.fleet.leave(worker)
         self.ledger.release(leases, reason, now, ours=ours)
         self.ledger.book.row("member_left", now, reason, worker.name, worker.incarnation)
+        if worker.role == "trainer" and self.ledger.fleet.only("trainer") is None:
+            self.ledger.versions.trainer_left()
 
     def tick(self, now: float) -> list[str]:
         """Remove workers that fell silent; returns their names."""
         silent = self.ledger.fleet.silent(now, every_s=TICK_S)
         for worker in silent:
             self._remove(worker, f"silent for {now - worker.last_seen:.1f} s", now, ours=False)
-        return [worker.name for worker in silent]
+        absent = self.ledger.fleet.orphaned(now)
+        for identity in absent:
+            self._forget(identity, "did not come back after the buffer's restart", now)
+        return [worker.name for worker in silent] + [name for name, _ in absent]
 
     # The trainer.
 
     def trained(self, worker: WorkerRecord, message: Trained, now: float) -> None:
         """A batch is trained; a repeat, or the word of a replaced trainer, changes nothing."""
         ledger = self.ledger
-        if message.incarnation != self.incarnation or message.batch not in ledger.batches.records:
+        known = message.batch in ledger.batches.records and message.batch <= ledger.batches.num_trained
+        if message.incarnation != self.incarnation or not known:
             ledger.book.totals["refused.results"] += 1
             return
         record = ledger.batches.mark_trained(message.batch)
@@ -169,10 +216,10 @@ class Members:
 
     def evaluation_seen(self, version: int, incarnation: int) -> None:
         """The evaluator has logged an evaluation."""
-        evaluation = self.ledger.versions.evaluation
-        if evaluation is not None and (evaluation.version, evaluation.incarnation) == (version, incarnation):
-            evaluation.seen = True
-            self.ledger.book.row("evaluation_seen", version, incarnation)
+        for evaluation in (self.ledger.versions.previous, self.ledger.versions.evaluation):
+            if evaluation is not None and evaluation.done and evaluation.key == (version, incarnation):
+                evaluation.seen = True
+                self.ledger.book.row("evaluation_seen", version, incarnation)
 
     def tell_version(self, worker: WorkerRecord) -> None:
         """Name the announced version to a generator again (it asked for work under an unknown one)."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import heapq
 
 from asyncrl.buffer.ledger import Ledger
-from asyncrl.buffer.states import FRESH, SCORED, GroupRecord, SampleRecord, WorkerRecord, parts_of
+from asyncrl.buffer.queues import waits_for_group_score
+from asyncrl.buffer.states import READY, SCORED, GroupRecord, SampleRecord, WorkerRecord, parts_of
 from asyncrl.messages.control import Finish, Kind, Lease, Leases, Need, NewVersion, Retire
 from asyncrl.messages.sample import Lane, Settled
 
@@ -18,10 +19,13 @@ class Pump:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self._source: WorkerRecord | None = None
+        """Whom the needs below were told; another hello, and they have to be told again."""
         self._asked_for = 0
-        """Groups the source was asked for, up to this ordinal count (train and eval together)."""
-        self._asked_source = b""
-        self._asked_evaluation = -1
+        """Groups of the lane train asked for, counted like `Ledger.num_prompts`."""
+        self._asked_evaluation = (-1, -1)
+        self._told_end: WorkerRecord | None = None
+        """The trainer that knows that the data have ended."""
 
     def run(self, now: float) -> None:
         """One round; see the module's docstring."""
@@ -42,22 +46,22 @@ class Pump:
         source = ledger.fleet.only("source")
         if source is None or ledger.draining:
             return
-        if source.peer != self._asked_source:
-            self._asked_source, self._asked_for, self._asked_evaluation = source.peer, ledger.book.next_group, -1
+        if source is not self._source:
+            self._source, self._asked_for, self._asked_evaluation = source, ledger.num_prompts, (-1, -1)
         evaluation = ledger.versions.evaluation
-        if evaluation is not None and not evaluation.issued and self._asked_evaluation != evaluation.version:
-            self._asked_evaluation = evaluation.version
+        if evaluation is not None and not evaluation.issued and self._asked_evaluation != evaluation.key:
+            self._asked_evaluation = evaluation.key
             ledger.book.send(source.peer, Need(lane=Lane.EVAL, version=evaluation.version))
         missing = self._missing_prompts()
         if missing > 0:
-            self._asked_for = max(self._asked_for, ledger.book.next_group) + missing
+            self._asked_for = max(self._asked_for, ledger.num_prompts) + missing
             ledger.book.send(source.peer, Need(lane=Lane.TRAIN, groups=missing))
 
     def _missing_prompts(self) -> int:
         ledger, batches = self.ledger, self.ledger.batches
         if ledger.source_ended:
             return 0
-        on_the_way = max(0, self._asked_for - ledger.book.next_group)
+        on_the_way = max(0, self._asked_for - ledger.num_prompts)
         at_hand = len(ledger.queues.fresh) + on_the_way
         lead = ledger.config.prompt_lead or batches.batch_size
         wanted = max(0, batches.tickets - batches.outstanding) + lead
@@ -97,20 +101,24 @@ class Pump:
 
     def _evaluation(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
         ledger = self.ledger
-        found = ledger.queues.peek(ledger.queues.evaluation, ledger.book.groups)
-        if found is None:
-            return None
-        group, sample = found
-        if (worker.version, worker.version_incarnation) != (group.version, group.incarnation):
+        evaluation = ledger.versions.evaluation
+        served = (worker.version, worker.version_incarnation)
+        if evaluation is None or evaluation.key != served:
             return None
         share = max(1, int(worker.capacity * ledger.config.eval_share))
         if worker.eval_held >= share and (ledger.queues.fresh or ledger.queues.partial):
             return None
-        return self._grant(worker, Kind.GENERATE, group, [sample.index], now)
+        return self._waiting(worker, ledger.queues.evaluation, now)
 
     def _partial(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
+        return self._waiting(worker, self.ledger.queues.partial, now)
+
+    def _waiting(
+        self, worker: WorkerRecord, heap: list[tuple[int, int]], now: float
+    ) -> tuple[Lease, list[int]] | None:
+        """The first sample of a heap that this worker may take."""
         ledger = self.ledger
-        heap, skipped = ledger.queues.partial, []
+        skipped = []
         granted = None
         while granted is None:
             found = ledger.queues.peek(heap, ledger.book.groups)
@@ -162,9 +170,11 @@ class Pump:
 
     def _score(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
         ledger = self.ledger
-        group = ledger.queues.take_group(ledger.queues.to_score_groups, ledger.book.groups)
+        group = ledger.queues.first_group(
+            ledger.queues.to_score_groups, ledger.book.groups, waits_for_group_score
+        )
         if group is not None:
-            return self._grant(worker, Kind.SCORE, group, list(range(len(group.samples))), now)
+            return self._whole_group(worker, Kind.SCORE, group, now)
         taken = ledger.queues.take_to_score(ledger.book.groups, worker.credit[Kind.SCORE])
         if taken is None:
             return None
@@ -175,10 +185,22 @@ class Pump:
 
     def _filter(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
         ledger = self.ledger
-        group = ledger.queues.take_group(ledger.queues.to_filter, ledger.book.groups)
-        if group is None or any(sample.state != SCORED for sample in group.samples):
+        group = ledger.queues.first_group(
+            ledger.queues.to_filter, ledger.book.groups, lambda g: waits_for_filter(g, ledger)
+        )
+        return None if group is None else self._whole_group(worker, Kind.FILTER, group, now)
+
+    def _whole_group(
+        self, worker: WorkerRecord, kind: Kind, group: GroupRecord, now: float
+    ) -> tuple[Lease, list[int]] | None:
+        """A job that cannot be split: it waits for room, and one larger than the worker takes all of it.
+
+        In that case alone the credit is below zero until the worker hands the group in.
+        """
+        count = len(group.samples)
+        if worker.credit[kind] < min(count, worker.capacity):
             return None
-        return self._grant(worker, Kind.FILTER, group, list(range(len(group.samples))), now)
+        return self._grant(worker, kind, group, list(range(count)), now)
 
     def _grant(
         self, worker: WorkerRecord, kind: Kind, group: GroupRecord, indices: list[int], now: float
@@ -186,6 +208,8 @@ class Pump:
         """Lease these samples if the worker's byte window takes them."""
         ledger = self.ledger
         num_bytes = group.prompt_bytes + sum(group.samples[i].body_bytes for i in indices)
+        if kind is Kind.FILTER:
+            num_bytes += sum(sample.score_bytes for sample in group.samples)
         if not ledger.fleet.fits(worker, num_bytes):
             return None
         parts, bodies = parts_of(group, indices, scored=kind is Kind.FILTER)
@@ -231,9 +255,7 @@ class Pump:
         for position, group in enumerate(groups):
             ledger.book.batch(group, batch)
             ledger.book.row("batch_group", batch, position, group.group_id)
-        ledger.book.row(
-            "batch", batch, record.groups, record.samples, record.tokens, ledger.book.seq, now
-        )
+        ledger.book.row("batch", batch, record.groups, record.samples, record.tokens, ledger.book.seq, now)
         return batch
 
     def _batch_size(self) -> int:
@@ -257,9 +279,12 @@ class Pump:
 
     def _announce(self, now: float) -> None:
         ledger, versions = self.ledger, self.ledger.versions
+        generators = ledger.fleet.with_role("generator")
+        if versions.evaluation_is_lost({(w.version, w.version_incarnation) for w in generators}):
+            ledger.abandon_evaluation(now)
         manifest = versions.announce()
         if manifest is not None:
-            for worker in ledger.fleet.with_role("generator"):
+            for worker in generators:
                 ledger.book.send(worker.peer, NewVersion(manifest=manifest))
             trainer = ledger.fleet.only("trainer")
             if trainer is not None:
@@ -276,6 +301,7 @@ class Pump:
             self._notice_exhaustion()
         if batches.target is None or batches.num_trained < batches.target:
             return
+        self._tell_trainer_the_end()
         if ledger.saved < batches.target or not ledger.versions.finished(batches.target):
             return
         ledger.settle_all(Settled.UNNEEDED, now, "left over when the run ended")
@@ -291,8 +317,15 @@ class Pump:
             return
         batches.target = batches.next_batch
         ledger.book.row("meta", "target", batches.target)
+
+    def _tell_trainer_the_end(self) -> None:
+        """A trainer that expects more steps than the data allowed; only after the last one, lest it skip some."""
+        ledger = self.ledger
         trainer = ledger.fleet.only("trainer")
-        if trainer is not None:
+        if ledger.batches.target == ledger.config.num_rollout or ledger.draining:
+            return
+        if trainer is not None and trainer is not self._told_end:
+            self._told_end = trainer
             ledger.book.send(trainer.peer, Finish(reason="the data have ended"))
 
     def _tell_everyone(self, message: Finish) -> None:
@@ -300,6 +333,7 @@ class Pump:
             self.ledger.book.send(worker.peer, message)
 
 
-def waits_for_generator(sample: SampleRecord) -> bool:
-    """Whether a sample is in some generator's queue."""
-    return sample.state == FRESH
+def waits_for_filter(group: GroupRecord, ledger: Ledger) -> bool:
+    """Every sample is scored, and neither has a filter said yes nor is one at work."""
+    at_work = group.fence in ledger.fleet.leases
+    return group.state != READY and not at_work and all(s.state == SCORED for s in group.samples)

@@ -1,12 +1,14 @@
 """What waits for a worker, in the order it should be taken. Entries are checked when they come out: a group
-may have settled, or a sample moved on, since they went in."""
+may have settled, or a sample moved on, since they went in.
+"""
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 
-from asyncrl.buffer.states import FRESH, GENERATED, GroupRecord, SampleRecord
+from asyncrl.buffer.states import FRESH, GENERATED, SCORED, GroupRecord, SampleRecord
 from asyncrl.messages.sample import Lane
 
 
@@ -39,10 +41,14 @@ class Queues:
     def generated(self, group: GroupRecord, sample: SampleRecord) -> None:
         """A sample waits for its score; under `group_rm` its group does, once it is complete."""
         if self.scores_groups and group.lane is Lane.TRAIN:
-            if all(s.state == GENERATED for s in group.samples):
-                self.to_score_groups.append(group.group_id)
+            self.maybe_score_group(group)
         else:
             self.to_score.append((group.group_id, sample.index))
+
+    def maybe_score_group(self, group: GroupRecord) -> None:
+        """Under `group_rm`: the group waits once nobody works on it and a score is still missing."""
+        if self.scores_groups and group.lane is Lane.TRAIN and waits_for_group_score(group):
+            self.to_score_groups.append(group.group_id)
 
     def peek(
         self, heap: list[tuple[int, int]], groups: dict[int, GroupRecord]
@@ -57,7 +63,9 @@ class Queues:
             heapq.heappop(heap)
         return None
 
-    def take_to_score(self, groups: dict[int, GroupRecord], limit: int) -> tuple[GroupRecord, list[int]] | None:
+    def take_to_score(
+        self, groups: dict[int, GroupRecord], limit: int
+    ) -> tuple[GroupRecord, list[int]] | None:
         """Samples of one group that wait for a score, at most `limit`."""
         while self.to_score:
             group_id, index = self.to_score[0]
@@ -73,10 +81,19 @@ class Queues:
             return group, indices
         return None
 
-    def take_group(self, queue: deque[int], groups: dict[int, GroupRecord]) -> GroupRecord | None:
-        """The first group of a queue that still lives."""
+    def first_group(
+        self, queue: deque[int], groups: dict[int, GroupRecord], waits: Callable[[GroupRecord], bool]
+    ) -> GroupRecord | None:
+        """The first group of a queue that still waits; it stays there until it is leased."""
         while queue:
-            group = groups.get(queue.popleft())
-            if group is not None:
+            group = groups.get(queue[0])
+            if group is not None and waits(group):
                 return group
+            queue.popleft()
         return None
+
+
+def waits_for_group_score(group: GroupRecord) -> bool:
+    """Every sample is generated, none is being scored, and not all are scored."""
+    states = {sample.state for sample in group.samples}
+    return GENERATED in states and states <= {GENERATED, SCORED}

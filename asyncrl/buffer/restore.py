@@ -15,11 +15,12 @@ from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.members import Members
 from asyncrl.buffer.segments import Location
 from asyncrl.buffer.states import (
-    FILTERING,
     FRESH,
     GENERATED,
+    GENERATING,
     READY,
     SCORED,
+    SCORING,
     GroupRecord,
     LeaseRecord,
     SampleRecord,
@@ -40,10 +41,13 @@ def restore(ledger: Ledger, members: Members, store: Store) -> None:
     book.next_group = _next(db, "groups", "group_id", 0)
     book.next_body = _next(db, "bodies", "body", 1)
     book.next_fence = _next(db, "leases", "fence", 1)
-    book.seq = db.execute(
-        "select max(m) from (select max(issued_seq) m from groups union select max(settled_seq) from groups"
-        " union select max(seq) from batches)"
-    ).fetchone()[0] or 0
+    book.seq = (
+        db.execute(
+            "select max(m) from (select max(issued_seq) m from groups union select max(settled_seq) from groups"
+            " union select max(seq) from batches)"
+        ).fetchone()[0]
+        or 0
+    )
     meta = dict(db.execute("select key, value from meta").fetchall())
     ledger.cursor = meta.get("cursor", b"")
     ledger.source_ended = bool(meta.get("source_ended", 0))
@@ -84,43 +88,72 @@ def _restore_training(ledger: Ledger, members: Members, db: sqlite3.Connection) 
         batches.next_batch = batch + 1
     while batches.num_trained in trained:
         batches.num_trained += 1
-    for step, path in db.execute("select rollout_step, path from checkpoints order by rollout_step, incarnation"):
+    for step, path in db.execute(
+        "select rollout_step, path from checkpoints order by rollout_step, incarnation"
+    ):
         members.checkpoints[step] = path
         ledger.saved = max(ledger.saved, step)
-    row = db.execute("select manifest from versions order by version desc, incarnation desc limit 1").fetchone()
+    row = db.execute(
+        "select manifest from versions order by version desc, incarnation desc limit 1"
+    ).fetchone()
     if row is not None:
         ledger.versions.published = msgspec.json.decode(row[0], type=Manifest)
         batches.published = ledger.versions.published.version
 
 
 def _restore_evaluation(ledger: Ledger, db: sqlite3.Connection) -> None:
-    row = db.execute(
-        "select version, incarnation, done_at, seen from evaluations order by version desc, incarnation desc limit 1"
-    ).fetchone()
-    if row is None:
+    versions = ledger.versions
+    rows = db.execute(
+        "select version, incarnation, done_at, seen from evaluations where seen >= 0"
+        " order by version desc, incarnation desc limit 2"
+    ).fetchall()
+    found = [_evaluation(db, *row) for row in rows] + [None, None]
+    versions.evaluation, versions.previous = found[:2]
+    if versions.evaluation is None or versions.evaluation.done:
         return
-    version, incarnation, done_at, seen = row
-    evaluation = Evaluation(version, incarnation, done=done_at is not None, seen=bool(seen))
+    # A running evaluation was holding newer versions back: generators that survived still serve its version.
+    row = db.execute(
+        "select manifest from versions where version = ? and incarnation = ?", versions.evaluation.key
+    ).fetchone()
+    if row is not None:
+        versions.announced = msgspec.json.decode(row[0], type=Manifest)
+
+
+def _evaluation(
+    db: sqlite3.Connection, version: int, incarnation: int, done_at: float | None, seen: int
+) -> Evaluation:
     total, open_groups = db.execute(
         "select count(*), coalesce(sum(reason is null), 0) from groups where lane = 'eval' and version = ?"
         " and incarnation = ?",
         (version, incarnation),
     ).fetchone()
-    evaluation.open_groups = open_groups
     # Prompts of one evaluation are handed in with one message, so some of them means all of them.
-    evaluation.issued = total > 0
-    ledger.versions.evaluation = evaluation
+    issued = total > 0 or done_at is not None
+    return Evaluation(
+        version,
+        incarnation,
+        issued=issued,
+        open_groups=open_groups,
+        done=done_at is not None,
+        seen=bool(seen),
+    )
 
 
 def _restore_leases(ledger: Ledger, db: sqlite3.Connection) -> None:
     for fence, kind, worker, incarnation, group_id, indices, version, granted in db.execute(
         "select fence, kind, worker, incarnation, group_id, indices, version, granted_at from leases"
-        " where ended_at is null"
-    ):
+        " where ended_at is null order by fence"
+    ).fetchall():
         numbers = [int(index) for index in indices.split(",") if index]
+        progressed = db.execute(
+            "select exists (select 1 from bodies where group_id = ? and fence = ? and kind = 'segment')",
+            (group_id, fence),
+        ).fetchone()[0]
+        remaining = set(numbers) if kind == Kind.FILTER else set()
         ledger.fleet.leases[fence] = LeaseRecord(
-            fence, Kind(kind), worker, incarnation, group_id, numbers, set(numbers), version, granted, 0
-        )
+            fence, Kind(kind), worker, incarnation, group_id, numbers, remaining, version, granted, 0,
+            progressed=bool(progressed),
+        )  # fmt: skip
 
 
 def _restore_groups(ledger: Ledger, store: Store) -> None:
@@ -129,7 +162,9 @@ def _restore_groups(ledger: Ledger, store: Store) -> None:
         "select group_id, lane, dataset, state, version, incarnation, due, prompt_body, prompt_tokens, fence,"
         " issued_seq, created_at from groups where reason is null and batch < 0 order by group_id"
     ).fetchall():
-        group_id, lane, dataset, state, version, incarnation, due, prompt, tokens, fence, issued, created = row
+        group_id, lane, dataset, state, version, incarnation, due, prompt, tokens, fence, issued, created = (
+            row
+        )
         group = GroupRecord(
             group_id, Lane(lane), dataset, prompt, tokens, 0, [], created, state=state, version=version,
             incarnation=incarnation, due=due, fence=fence, issued_seq=issued,
@@ -150,8 +185,8 @@ def _restore_samples(group: GroupRecord, db: sqlite3.Connection) -> None:
             SampleRecord(
                 idx, state, Status(status), tokens, fence=fence, attempts=attempts, worker=worker, oldest=oldest,
                 newest=newest, reward=reward, removed=bool(removed), score_body=score,
-            )  # fmt: skip
-        )
+            )
+        )  # fmt: skip
 
 
 def _restore_bodies(group: GroupRecord, store: Store) -> None:
@@ -165,6 +200,8 @@ def _restore_bodies(group: GroupRecord, store: Store) -> None:
         elif kind == "segment":
             group.samples[idx].bodies.append(body)
             group.samples[idx].body_bytes += length
+        elif body == group.samples[idx].score_body:
+            group.samples[idx].score_bytes = length
 
 
 def _place(ledger: Ledger, group: GroupRecord) -> None:
@@ -173,9 +210,8 @@ def _place(ledger: Ledger, group: GroupRecord) -> None:
     if group.due >= 0:
         ledger.batches.dues[group.due] += 1
     for sample in group.samples:
-        lease = ledger.fleet.leases.get(sample.fence)
-        if lease is not None and sample.state not in {"generating", "scoring"}:
-            lease.remaining.discard(sample.index)
+        if sample.state in {GENERATING, SCORING}:
+            ledger.fleet.leases[sample.fence].remaining.add(sample.index)
     if group.lane is Lane.TRAIN and group.state == FRESH:
         ledger.queues.fresh.append(group.group_id)
         return
@@ -187,6 +223,5 @@ def _place(ledger: Ledger, group: GroupRecord) -> None:
             ledger.queues.return_sample(group, sample)
         elif sample.state == GENERATED:
             ledger.queues.generated(group, sample)
-    if all(sample.state == SCORED for sample in group.samples) and group.state != FILTERING:
-        if group.fence not in ledger.fleet.leases:
-            ledger.queues.to_filter.append(group.group_id)
+    if all(sample.state == SCORED for sample in group.samples):
+        ledger.queues.to_filter.append(group.group_id)

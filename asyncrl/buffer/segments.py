@@ -53,7 +53,8 @@ class Segments:
             self._write_all(bodies, start)
             os.fdatasync(self._writer)
         except OSError:
-            self._offset = start
+            # After a failed sync nobody knows what is on disk: what comes next goes to another file.
+            self._offset = self.segment_bytes
             raise
         return locations
 
@@ -71,15 +72,19 @@ class Segments:
     def _roll(self) -> None:
         """Start a new file: a writer never appends to a file of an earlier life."""
         if self._writer >= 0:
-            os.close(self._writer)
+            writer, self._writer = self._writer, -1
+            os.close(writer)
         self._file += 1
-        self._writer = os.open(self.path(self._file), os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
-        self._offset = 0
+        writer = os.open(self.path(self._file), os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
         directory = os.open(self.directory, os.O_RDONLY)
         try:
             os.fsync(directory)
+        except OSError:
+            os.close(writer)
+            raise
         finally:
             os.close(directory)
+        self._writer, self._offset = writer, 0
 
     def path(self, file: int) -> Path:
         """The file with this number."""

@@ -38,6 +38,7 @@ class SampleRecord:
     bodies: list[int] = field(default_factory=list)
     """Body ids of its segments, in order."""
     body_bytes: int = 0
+    score_bytes: int = 0
     fence: int = 0
     """Number of the newest lease on it; results under another one are refused."""
     attempts: int = 0
@@ -163,8 +164,9 @@ class Outgoing:
 class Transaction:
     """Everything to commit, then to send; see the module's docstring."""
 
-    groups: list[GroupRecord]
-    samples: list[tuple[int, SampleRecord]]
+    groups: list[tuple[Any, ...]]
+    """Rows, not records: the ledger goes on while these are written, and a row must not run ahead of its bodies."""
+    samples: list[tuple[Any, ...]]
     bodies: list[BodyRow]
     rows: list[tuple[str, tuple[Any, ...]]]
     """(statement name of the store, parameters), in order."""
@@ -210,3 +212,21 @@ def parts_of(group: GroupRecord, indices: list[int], *, scored: bool = False) ->
         removed=[sample.index for sample in samples if sample.removed],
     )
     return parts, bodies
+
+
+def group_row(g: GroupRecord) -> tuple[Any, ...]:
+    """The row of `groups`, as the record stands now."""
+    reason = None if g.reason is None else str(g.reason)
+    return (
+        g.group_id, str(g.lane), g.dataset, len(g.samples), g.state, reason, g.version, g.incarnation, g.due,
+        g.batch, g.prompt_body, g.prompt_tokens, g.fence, g.issued_seq, g.settled_seq, g.created_at,
+        g.settled_at, g.note,
+    )  # fmt: skip
+
+
+def sample_row(group_id: int, s: SampleRecord) -> tuple[Any, ...]:
+    """The row of `samples`, as the record stands now."""
+    return (
+        group_id, s.index, s.state, str(s.status), s.tokens, s.attempts, s.fence, s.worker, s.oldest,
+        s.newest, s.reward, int(s.removed), s.score_body,
+    )  # fmt: skip

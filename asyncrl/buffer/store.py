@@ -16,7 +16,7 @@ import msgspec
 import xxhash
 
 from asyncrl.buffer.segments import Location, Segments
-from asyncrl.buffer.states import BodyRow, GroupRecord, SampleRecord, Transaction
+from asyncrl.buffer.states import BodyRow, Transaction
 from asyncrl.buffer.tables import SCHEMA, STATEMENTS
 from asyncrl.errors import StorageError
 from asyncrl.messages.control import GroupParts
@@ -62,7 +62,8 @@ class Store:
                 self._write_rows(transaction, locations)
                 self._db.execute("commit")
             except BaseException:
-                self._db.execute("rollback")
+                if self._db.in_transaction:  # a full disk makes SQLite roll back by itself
+                    self._db.execute("rollback")
                 raise
         except (OSError, sqlite3.Error) as error:
             raise StorageError(
@@ -76,8 +77,8 @@ class Store:
 
     def _write_rows(self, transaction: Transaction, locations: list[Location]) -> None:
         execute = self._db.executemany
-        execute(STATEMENTS["group"], map(_group_row, transaction.groups))
-        execute(STATEMENTS["sample"], (_sample_row(g, s) for g, s in transaction.samples))
+        execute(STATEMENTS["group"], transaction.groups)
+        execute(STATEMENTS["sample"], transaction.samples)
         bodies = zip(transaction.bodies, locations, strict=True)
         execute(STATEMENTS["body"], (_body_row(body, location) for body, location in bodies))
         for name, rows in groupby(self._expand(transaction.rows), key=lambda row: row[0]):
@@ -180,21 +181,6 @@ def batch_digest(db: sqlite3.Connection, batch: int) -> str:
             row = db.execute("select digest from bodies where body = ?", (body,)).fetchone()
             digest.update(row[0].encode() if row else b"missing")
     return digest.hexdigest()
-
-
-def _group_row(g: GroupRecord) -> tuple[Any, ...]:
-    return (
-        g.group_id, str(g.lane), g.dataset, len(g.samples), g.state, None if g.reason is None else str(g.reason),
-        g.version, g.incarnation, g.due, g.batch, g.prompt_body, g.prompt_tokens, g.fence, g.issued_seq,
-        g.settled_seq, g.created_at, g.settled_at, g.note,
-    )  # fmt: skip
-
-
-def _sample_row(group_id: int, s: SampleRecord) -> tuple[Any, ...]:
-    return (
-        group_id, s.index, s.state, str(s.status), s.tokens, s.attempts, s.fence, s.worker, s.oldest, s.newest,
-        s.reward, int(s.removed), s.score_body,
-    )  # fmt: skip
 
 
 def _body_row(b: BodyRow, at: Location) -> tuple[Any, ...]:

@@ -86,6 +86,7 @@ STATEMENTS = {
     "evaluation": "insert or replace into evaluations values (?,?,?,null,0)",
     "evaluation_done": "update evaluations set done_at = ? where version = ? and incarnation = ?",
     "evaluation_seen": "update evaluations set seen = 1 where version = ? and incarnation = ?",
+    "evaluation_gone": "update evaluations set seen = -1 where version = ? and incarnation = ?",
     "member": "insert or replace into members values (?,?,?,?,?,?,null,null)",
     "member_left": "update members set left_at = ?, reason = ? where name = ? and incarnation = ?"
     " and left_at is null",

@@ -23,7 +23,9 @@ def launch(
 ) -> int:  # fmt: skip
     """Run to the end; returns the exit code."""
     if (topology is None) == (resume is None):
-        raise ConfigError("launch needs either --topology FILE, for a new run, or --resume RUN, to continue one")
+        raise ConfigError(
+            "launch needs either --topology FILE, for a new run, or --resume RUN, to continue one"
+        )
     if resume is not None:
         run = RunDir.resume(resume)
         plan = _resumed_plan(run, overrides)

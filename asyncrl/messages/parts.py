@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def encode_body(body: Body) -> bytes:
-    """msgpack bytes of a part."""
+    """Msgpack bytes of a part."""
     return msgspec.msgpack.encode(body)
 
 

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import shutil
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-import xxhash
-
 from asyncrl.actor.base import SCHEMA, Actor, Context
-from asyncrl.buffer.book import Frame
-from asyncrl.buffer.config import LedgerConfig
+from asyncrl.buffer.config import ledger_config
 from asyncrl.buffer.delivery import Courier
+from asyncrl.buffer.desk import Desk
 from asyncrl.buffer.ledger import TICK_S, Ledger
 from asyncrl.buffer.members import Members
 from asyncrl.buffer.pump import Pump
 from asyncrl.buffer.restore import release_all, restore
-from asyncrl.buffer.states import Outgoing, Transaction, WorkerRecord
+from asyncrl.buffer.states import Outgoing, Transaction
 from asyncrl.buffer.store import Store
 from asyncrl.errors import ExitCode, RunError
 from asyncrl.link import Delivery, PeerGone, ServerLink, bind
@@ -33,7 +32,6 @@ from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
 from asyncrl.obs.view import PhaseUpdate, QueueUpdate
-from asyncrl.topology.plan import Plan
 
 
 class BufferRole(Actor):
@@ -50,6 +48,7 @@ class BufferRole(Actor):
         self.ledger = Ledger(ledger_config(self.plan))
         self.members = Members(self.ledger, run_id=self.plan.topology.run.name)
         self.pump = Pump(self.ledger)
+        self.desk = Desk(self.ledger, self.members)
         self._changed = asyncio.Event()
         self._link: ServerLink | None = None
         self._store: Store | None = None
@@ -77,7 +76,9 @@ class BufferRole(Actor):
             receives=ToBuffer,
             security=self.context.key,
             hub=self.context.hub,
-            on_malformed=lambda peer, why: self.log.warning("malformed", peer=peer.decode(errors="replace"), why=why),
+            on_malformed=lambda peer, why: self.log.warning(
+                "malformed", peer=peer.decode(errors="replace"), why=why
+            ),
         )
 
     async def begin(self) -> None:
@@ -104,15 +105,21 @@ class BufferRole(Actor):
             return
         worker = self.ledger.fleet.workers.get(peer)
         if worker is None:
-            await self._refuse(peer, "say hello first: this desk does not know you (it may have been restarted)")
+            await self._refuse(
+                peer, "say hello first: this desk does not know you (it may have been restarted)"
+            )
             return
         worker.last_seen = now
-        self._dispatch(worker, message, [_frame(f) for f in delivery.frames], now)
+        if isinstance(message, control.Want) and message.kind is Kind.TRAIN and self._courier is not None:
+            self._courier.credit(message.num_bytes)
+        self.desk.take(worker, message, delivery.frames, now)
 
     async def _hello(self, peer: bytes, hello: control.Hello, now: float) -> None:
         if hello.protocol != PROTOCOL or hello.schema != SCHEMA:
             text = f"protocol {hello.protocol} schema {hello.schema}, here {PROTOCOL} and {SCHEMA}"
-            await self._refuse(peer, f"{hello.name} runs other code than this run ({text}); install the same version")
+            await self._refuse(
+                peer, f"{hello.name} runs other code than this run ({text}); install the same version"
+            )
             return
         self.members.join(peer, hello, now)
 
@@ -120,38 +127,6 @@ class BufferRole(Actor):
         assert self._link is not None
         with contextlib.suppress(PeerGone):
             await self._link.send(peer, Refused(reason=reason))
-
-    def _dispatch(self, worker: WorkerRecord, message: Any, frames: list[Frame], now: float) -> None:
-        ledger, members = self.ledger, self.members
-        match message:
-            case control.Want():
-                ledger.fleet.want(worker, message)
-                if message.kind is Kind.TRAIN and self._courier is not None:
-                    self._courier.credit(message.num_bytes)
-            case control.Reports():
-                for report, frame in zip(message.reports, frames, strict=True):
-                    ledger.report(worker, report, frame, now)
-            case control.Scores():
-                for scored, frame in zip(message.scores, frames, strict=True):
-                    ledger.score(worker, scored, frame, now)
-            case control.Verdict():
-                ledger.verdict(worker, message, now)
-            case control.Issue():
-                ledger.issue(message, frames, now)
-            case control.Trained():
-                members.trained(worker, message, now)
-            case control.Published():
-                members.published(worker, message, now)
-            case control.Saved():
-                members.saved(worker, message, now)
-            case control.Swapped():
-                members.swapped(worker, message, now)
-            case control.EvaluationSeen():
-                members.evaluation_seen(message.version, message.incarnation)
-            case control.Goodbye():
-                members.leave(worker, message.reason or "goodbye", now)
-            case control.Heartbeat():
-                pass
 
     async def on_control(self, message: Any) -> None:
         if isinstance(message, MemberLost):
@@ -183,7 +158,9 @@ class BufferRole(Actor):
         for reason in Settled:
             self.gauges[f"ledger/settled/{reason}"] = self.ledger.book.totals[f"settled.{reason}.groups"]
         self.metrics.write(self.gauges, step=self.ledger.batches.num_trained)
-        await self.tell(QueueUpdate(counts=counts, tickets_used=used, tickets_total=self.ledger.batches.tickets))
+        await self.tell(
+            QueueUpdate(counts=counts, tickets_used=used, tickets_total=self.ledger.batches.tickets)
+        )
 
     async def _commit(self) -> None:
         """consumes: the ledger's transactions    waits for: events, the disk    produces: every message"""
@@ -199,7 +176,7 @@ class BufferRole(Actor):
                 continue
             began = time.monotonic()
             with self.waits("commit"):
-                outgoing = await self.compute(lambda t=transaction: self._execute(t))
+                outgoing = await self.compute(functools.partial(self._execute, transaction))
             self._commits.append((time.monotonic() - began, len(transaction.samples)))
             for item, frames in outgoing:
                 await self._post(item, frames)
@@ -228,7 +205,9 @@ class BufferRole(Actor):
             await self._link.send(item.peer, item.message, frames)
         except PeerGone:
             worker = self.ledger.fleet.workers.get(item.peer)
-            self.log.info("unreachable", member=worker.name if worker else "?", message=type(item.message).__name__)
+            self.log.info(
+                "unreachable", member=worker.name if worker else "?", message=type(item.message).__name__
+            )
 
     async def _maybe_end(self) -> None:
         if self.ledger.finished and not self._told_end:
@@ -245,35 +224,3 @@ class BufferRole(Actor):
 
     def leave(self, code: ExitCode = ExitCode.FINISHED) -> None:
         super().leave(ExitCode.FINISHED if self.ledger.finished else code)
-
-
-def _frame(data: bytes) -> Frame:
-    return Frame(bytes(data), xxhash.xxh3_128_hexdigest(data))
-
-
-def ledger_config(plan: Plan) -> LedgerConfig:
-    """The ledger's numbers, out of a plan."""
-    topology = plan.topology
-    rollout = topology.rollout
-    filters = (
-        rollout.dynamic_sampling_filter_path or rollout.buffer_filter_path or rollout.rollout_sample_filter_path
-    )
-    return LedgerConfig(
-        batch_size=rollout.rollout_batch_size,
-        max_staleness=rollout.max_staleness,
-        tickets=plan.tickets,
-        num_rollout=plan.num_rollout,
-        on_straggler=rollout.on_straggler,
-        allow_partial_train_step=topology.trainer.allow_partial_train_step,
-        partial_rollout=rollout.partial_rollout,
-        filters=filters is not None,
-        group_rm=any(table.group_rm for table in topology.reward),
-        max_refused_per_step=rollout.max_refused_per_step or 10 * rollout.rollout_batch_size,
-        max_attempts=rollout.max_attempts,
-        dead_after_s=topology.run.dead_after_s,
-        evaluates=bool(plan.eval_sets),
-        eval_interval=topology.eval.eval_interval,
-        skip_eval_before_train=topology.eval.skip_eval_before_train,
-        eval_share=topology.buffer.eval_share,
-    )
-

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from asyncrl.actor.base import Context, DeskActor
+from asyncrl.actor.base import Context
+from asyncrl.actor.client import DeskActor
 from asyncrl.messages.control import Evaluated, EvaluationSeen, GroupParts
 from asyncrl.messages.parts import unpack
 from asyncrl.messages.sample import Sample, Status
@@ -83,4 +84,3 @@ def eval_metrics(name: str, samples: list[Sample], *, version: int) -> dict[str,
         f"eval/{name}/num_samples": len(samples),
         f"eval/{name}/version": version,
     }
-

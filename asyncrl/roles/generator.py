@@ -1,26 +1,27 @@
 """A generator: samples answers on leases, hands in what it has, and serves only weights it has verified.
 
-    leases -> one task per sample -> engine -> reports -> buffer
-    NewVersion -> receive, verify -> engine.load_weights -> Swapped, credit under the new version
+leases -> one task per sample -> engine -> reports -> buffer
+NewVersion -> receive, verify -> engine.load_weights -> Swapped, credit under the new version
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
 
-from asyncrl.actor.base import Context, DeskActor
+from asyncrl.actor.base import Context
+from asyncrl.actor.client import DeskActor
 from asyncrl.actor.reports import Outbox
 from asyncrl.data.tokenizer import Tokenizer
 from asyncrl.engines import session
-from asyncrl.engines.base import Engine, OnNewWeights
+from asyncrl.engines.base import Engine, GenerateRequest, OnNewWeights
 from asyncrl.engines.make import make_engine
-from asyncrl.errors import AsyncrlError, ExitCode, WeightsError
-from asyncrl.messages.control import Acks, Kind, Lease, Leases, NewVersion, Swapped, Want, Welcome
+from asyncrl.engines.swap import Swapper, push_metrics
+from asyncrl.errors import AsyncrlError, ExitCode
+from asyncrl.messages.control import Acks, Kind, Lease, Leases, NewVersion, Want, Welcome
 from asyncrl.messages.hooks import Args
 from asyncrl.messages.parts import unpack
 from asyncrl.messages.sample import Sample, Segment, Status
@@ -28,7 +29,6 @@ from asyncrl.messages.version import Manifest
 from asyncrl.obs.view import MemberUpdate
 from asyncrl.topology.flat import flat_options
 from asyncrl.topology.plugins import load_checked
-from asyncrl.weights.carriers import receive
 
 LEAD = 4
 """Beyond `concurrency`, a 1/LEAD of it is asked for ahead, so that a free slot is filled without a round trip."""
@@ -48,6 +48,12 @@ class GeneratorRole(DeskActor):
         assert context.index is not None, "a generator has a table"
         self.table = self.plan.topology.generator[context.index]
         self.outbox = Outbox(self.send)
+        self.swapper = Swapper(
+            mode=OnNewWeights(self.table.on_new_weights),
+            deadline_s=self.plan.topology.weights.push_timeout_s,
+            security=context.key,
+            hub=context.hub,
+        )
         self._jobs: asyncio.Queue[tuple[Lease, Sample, int]] = asyncio.Queue()
         self._announced: Manifest | None = None
         self._news = asyncio.Event()
@@ -144,7 +150,7 @@ class GeneratorRole(DeskActor):
         self._freed = (self._freed[0] + 1, self._freed[1] + num_bytes)
         self._room.set()
 
-    async def _run(self, out: Any, request: session.GenerateRequest, sample: Sample) -> None:
+    async def _run(self, out: Any, request: GenerateRequest, sample: Sample) -> None:
         if self._custom is not None and self._args is not None:
             piece = await session.generate_custom(self._custom, self.engine, request, sample, self._args)
             await out.report(*piece)
@@ -182,38 +188,24 @@ class GeneratorRole(DeskActor):
 
     async def _swap(self) -> None:
         """consumes: announced versions    waits for: the trainer's pushes    produces: Swapped, credit"""
-        mode = OnNewWeights(self.table.on_new_weights)
-        deadline = self.plan.topology.weights.push_timeout_s
         while True:
             await self._news.wait()
             self._news.clear()
             manifest = self._announced
-            assert manifest is not None
+            assert manifest is not None, "news name a version"
             if (manifest.version, manifest.incarnation) == self.version:
                 continue
-            began = time.monotonic()
-            try:
-                tensors = await receive(manifest, deadline_s=deadline, security=self.context.key, hub=self.context.hub)
-            except WeightsError:
-                if self._announced is manifest:
-                    raise
+            swapped = await self.swapper.swap(self.engine, manifest, is_newest=lambda m: m is self._announced)
+            if swapped is None:
                 continue  # retired while we were fetching it: a newer one has been announced
-            transfer_s = time.monotonic() - began
-            report = await self.engine.load_weights(manifest.version, manifest.incarnation, tensors, mode)
             first = self.version[0] < 0
             self.version = (manifest.version, manifest.incarnation)
-            self._pause_s = report.pause_s
-            await self.send(
-                Swapped(
-                    version=manifest.version,
-                    incarnation=manifest.incarnation,
-                    transfer_s=transfer_s,
-                    **msgspec.structs.asdict(report),
-                )
+            self._pause_s = swapped.pause_s
+            await self.send(swapped)
+            self.metrics.write(push_metrics(swapped, manifest))
+            self.log.info(
+                "version", version=manifest.version, digest=manifest.digest, pause_s=swapped.pause_s
             )
-            row = {"push/version": manifest.version, "push/pause_s": report.pause_s, "push/transfer_s": transfer_s}
-            self.metrics.write(row | {"push/bytes": manifest.num_bytes, "push/aborted": report.aborted})
-            self.log.info("version", version=manifest.version, digest=manifest.digest, pause_s=report.pause_s)
             await self._give_credit(self._capacity if first else 0, self.table.max_bytes if first else 0)
 
     # The end.

@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from asyncrl.actor.base import Context, DeskActor
+from asyncrl.actor.base import Context
+from asyncrl.actor.client import DeskActor
 from asyncrl.errors import ExitCode
 from asyncrl.messages.control import Acks, Kind, Lease, Leases, Scored, Scores, Verdict, Want
 from asyncrl.messages.parts import unpack
@@ -111,7 +112,9 @@ class RewardRole(DeskActor):
             frames.append(msgspec.msgpack.encode(result) if isinstance(result, Score) else b"")
             if isinstance(result, RewardFailure):
                 self._failed += 1
-                self.log.warning("reward failed", kind=result.kind, error=result.message, trace=result.traceback)
+                self.log.warning(
+                    "reward failed", kind=result.kind, error=result.message, trace=result.traceback
+                )
         self._scored += len(scores)
         self.gauges |= {"reward/scored": self._scored, "reward/failures": self._failed}
         await self.send(Scores(scores=scores), frames)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
-from asyncrl.actor.base import Context, DeskActor
+from asyncrl.actor.base import Context
+from asyncrl.actor.client import DeskActor
 from asyncrl.data.open import eval_sets, open_source
 from asyncrl.data.source import EvalSet, PromptSource
 from asyncrl.messages.control import Issue, Issued, Need, Welcome
@@ -66,7 +68,7 @@ class SourceRole(DeskActor):
         assert source is not None
         while groups > 0:
             count = min(groups, CHUNK)
-            prompts = await self.compute(lambda n=count: source.next(n))
+            prompts = await self.compute(functools.partial(source.next, count))
             cursor = await self.compute(source.cursor)
             ended = len(prompts) < count or source.exhausted
             samples = self.plan.topology.rollout.n_samples_per_prompt
@@ -89,5 +91,6 @@ class SourceRole(DeskActor):
         first = self._next_group
         self._next_group += len(issued)
         await self.send(
-            Issue(lane=lane, first_group=first, prompts=issued, cursor=cursor, ended=ended, version=version), frames
+            Issue(lane=lane, first_group=first, prompts=issued, cursor=cursor, ended=ended, version=version),
+            frames,
         )

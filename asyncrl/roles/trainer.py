@@ -17,18 +17,18 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-import structlog
-
-from asyncrl.actor.base import Context, DeskActor
+from asyncrl.actor.base import Context
+from asyncrl.actor.client import DeskActor
 from asyncrl.errors import ExitCode
 from asyncrl.messages.control import BatchPart, Committed, Finish, Kind, Retire, Saved, Trained, Want, Welcome
 from asyncrl.messages.parts import unpack
 from asyncrl.messages.sample import Sample
 from asyncrl.obs.log import step_line
-from asyncrl.obs.view import NoteUpdate, StepUpdate
+from asyncrl.obs.view import NoteUpdate
 from asyncrl.train.backend import Prepared, StepReport, make_backend, train_plan
 from asyncrl.train.loop import Trainer
-from asyncrl.weights.pushes import Pushes, PushSettings
+from asyncrl.train.report import step_metrics, step_update
+from asyncrl.weights.pushes import Pushes, push_settings
 
 CHECKPOINTS = "checkpoints"
 
@@ -46,10 +46,10 @@ class TrainerRole(DeskActor):
         super().__init__(context)
         self.trainer = Trainer(make_backend(train_plan(self.plan.topology)))
         self.pushes = Pushes(
-            self._push_settings(),
+            push_settings(self.plan, context.run_dir, in_memory=context.hub is not None),
             weights=self.trainer.backend.weights,
             send=self.send,
-            record=lambda row, version: self._record(row, version),
+            record=self._record,
             security=context.key,
             hub=context.hub,
         )
@@ -64,19 +64,6 @@ class TrainerRole(DeskActor):
         self._last_end = time.monotonic()
         self._committed: dict[tuple[str, int], asyncio.Event] = {}
 
-    def _push_settings(self) -> PushSettings:
-        topology = self.plan.topology
-        address = topology.run.publisher_address or "tcp://127.0.0.1:0"
-        if self.context.hub is not None:
-            address = "memory://publisher"
-        return PushSettings(
-            run_id=topology.run.name,
-            directory=topology.weights.directory,
-            run_dir=str(self.context.run_dir),
-            keep=2,
-            address="" if topology.weights.carrier == "shm" else address,
-        )
-
     def _record(self, row: dict[str, float], version: int) -> None:
         self.metrics.write(row, step=version)
 
@@ -89,7 +76,9 @@ class TrainerRole(DeskActor):
         self._saved = step
         await self.pushes.open(start)
         await self.pushes.push(step, self._step)
-        await self._want(1 + self.plan.topology.trainer.prefetch_batches, self.plan.topology.buffer.window_bytes)
+        await self._want(
+            1 + self.plan.topology.trainer.prefetch_batches, self.plan.topology.buffer.window_bytes
+        )
 
     @property
     def _step(self) -> int:
@@ -155,9 +144,7 @@ class TrainerRole(DeskActor):
     async def _train_one(self, batch: int, recorded: str, prepared: Prepared) -> None:
         waited_s = time.monotonic() - self._last_end
         started = time.time()
-        report, digest = await self.compute(
-            functools.partial(self.trainer.train_prepared, batch, prepared)
-        )
+        report, digest = await self.compute(functools.partial(self.trainer.train_prepared, batch, prepared))
         ended = time.time()
         if recorded and recorded != digest:
             self.log.warning("retrained differently", batch=batch, recorded=recorded, digest=digest)
@@ -221,49 +208,26 @@ class TrainerRole(DeskActor):
         self._draining = True
         self._finish.set()
 
-    # What people see.
-
     async def _show(self, report: StepReport, *, started: float, ended: float, waited_s: float) -> None:
-        step, metrics = self.trainer.rollout_step, dict(report.metrics)
-        seconds = ended - started
-        metrics |= {
-            "perf/train_time": seconds,
-            "perf/step_time": seconds + waited_s,
-            "perf/train_wait_time": waited_s,
-            "perf/wait_time_ratio": waited_s / max(seconds + waited_s, 1e-9),
-        }
+        step = self.trainer.rollout_step
+        metrics = step_metrics(report, train_s=ended - started, waited_s=waited_s)
         self.metrics.write(metrics, step=step)
-
-        def number(name: str) -> float:
-            return float(metrics.get(name, 0.0))
-
+        update = step_update(report, step=step)
         step_line(
-            structlog.stdlib.get_logger().bind(actor=self.name),
+            self.log,
             step=step,
             total_steps=self.plan.num_rollout,
             version=step,
-            reward=number("rollout/raw_reward"),
-            loss=number("train/loss"),
+            reward=update.reward,
+            loss=metrics.get("train/loss", 0.0),
             num_samples=report.num_samples,
             num_tokens=report.num_tokens,
-            step_s=seconds,
+            step_s=ended - started,
             wait_s=waited_s,
-            staleness_mean=number("staleness/mean"),
-            staleness_max=number("staleness/max"),
+            staleness_mean=update.staleness_mean,
+            staleness_max=update.staleness_max,
         )
-        await self.tell(
-            StepUpdate(
-                step=step,
-                version=step,
-                reward=number("rollout/raw_reward"),
-                num_tokens=report.num_tokens,
-                staleness_mean=number("staleness/mean"),
-                staleness_max=number("staleness/max"),
-                response_len=metrics.get("rollout/response_len/mean"),
-                truncated_ratio=metrics.get("rollout/truncated_ratio"),
-            )
-        )
+        await self.tell(update)
 
     async def close(self) -> None:
         await self.pushes.close()
-

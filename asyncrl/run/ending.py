@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 from asyncrl.buffer.audit import audit
@@ -35,20 +36,29 @@ def conclude(session: Session, code: ExitCode, *, console: Console) -> ExitCode:
     if not report.closes:
         problems.append("the audit does not close")
     with Records(run_dir) as records:
-        newest = records.newest_checkpoint()
+        newest = max((row.path for row in records.checkpoints()), default=None)
         if code is ExitCode.FINISHED and session.plan.topology.eval.verify_export and newest:
-            console.print("taking the accuracy again from the exported checkpoint, by transformers generate ...")
+            console.print(
+                "taking the accuracy again from the exported checkpoint, by transformers generate ..."
+            )
             exported = exported_accuracy(session.plan, newest)
         summary = summarise(session, records, code, exported=exported, export_dir=newest or "")
     minimum = session.plan.topology.eval.min_final_accuracy
     if code is ExitCode.FINISHED and minimum is not None and (summary.accuracy_after or 0.0) < minimum:
-        problems.append(f"held-out accuracy ended at {summary.accuracy_after}, below eval.min_final_accuracy {minimum}")
+        problems.append(
+            f"held-out accuracy ended at {summary.accuracy_after}, below eval.min_final_accuracy {minimum}"
+        )
     if problems and code is ExitCode.FINISHED:
         code = ExitCode.FAILED
     detail = "; ".join([*filter(None, [session.detail]), *problems])
-    summary = _finish(summary, code, detail, closes=report.closes, verdict=report.verdict)
+    verdict = f"{len(report.equations)} equations hold"
+    if not report.closes:
+        verdict = "; ".join(f"{e.name}: {e.broken or 'the sides differ'}" for e in report.broken[:3])
+    summary = msgspec.structs.replace(
+        summary, exit_code=code, detail=detail, audit_closes=report.closes, audit=verdict
+    )
     session.run_dir.set_status(exit_code=int(code), detail=detail)
-    session.run_dir.write("summary.json", json.dumps(_plain(summary), indent=1).encode())
+    session.run_dir.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=1))
     console.print(SummaryTable(summary))
     return code
 
@@ -61,15 +71,17 @@ def summarise(
     evaluations = records.evaluations()
     means = {v: sum(values.values()) / len(values) for v, values in evaluations.items() if values}
     versions = sorted(means)
-    rewards = figures.reward_by_batch
+    rewards = [reward for _, reward in sorted(figures.reward_by_batch.items())]
     return RunSummary(
         run=session.run_dir.path.name,
         run_dir=str(session.run_dir.path),
         exit_code=code,
         steps=figures.num_trained,
         total_steps=session.plan.num_rollout,
-        wall_s=max(figures.wall_s, 1e-9) if figures.wall_s else time.time() - session.run_dir.status.started_at,
-        num_samples=figures.trained_samples,
+        wall_s=max(figures.wall_s, 1e-9)
+        if figures.wall_s
+        else time.time() - session.run_dir.status.started_at,
+        num_samples=_trained_samples(records),
         generated_tokens=figures.received_tokens,
         trained_tokens=figures.trained_tokens,
         reward_first=rewards[0] if rewards else None,
@@ -78,24 +90,15 @@ def summarise(
         accuracy_after=means[versions[-1]] if versions else None,
         accuracy_exported=exported,
         export_dir=export_dir,
-        overlap=figures.overlap,
+        overlap=figures.overlap_share,
         staleness_mean=figures.staleness_mean,
         staleness_max=figures.staleness_max,
         max_staleness=session.plan.topology.rollout.max_staleness,
     )
 
 
-def _finish(summary: RunSummary, code: ExitCode, detail: str, *, closes: bool, verdict: str) -> RunSummary:
-    import msgspec
-
-    return msgspec.structs.replace(summary, exit_code=code, detail=detail, audit_closes=closes, audit=verdict)
-
-
-def _plain(summary: RunSummary) -> dict[str, object]:
-    import msgspec
-
-    values: dict[str, object] = msgspec.to_builtins(summary)
-    return values
+def _trained_samples(records: Records) -> int:
+    return records.totals().get("settled.trained.samples", 0)
 
 
 def exported_accuracy(plan: Plan, checkpoint: str) -> float | None:
@@ -111,7 +114,11 @@ def exported_accuracy(plan: Plan, checkpoint: str) -> float | None:
         "--reward", plan.topology.reward[0].use,
     ]  # fmt: skip
     if source.apply_chat_template:
-        command += ["--apply-chat-template", "--apply-chat-template-kwargs", json.dumps(source.apply_chat_template_kwargs)]
+        command += [
+            "--apply-chat-template",
+            "--apply-chat-template-kwargs",
+            json.dumps(source.apply_chat_template_kwargs),
+        ]
     try:
         done = subprocess.run(  # noqa: S603 - our own module
             command, capture_output=True, timeout=EXPORT_TIMEOUT_S, check=True, env=dict(os.environ)

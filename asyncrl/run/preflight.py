@@ -87,7 +87,11 @@ def _eval_problem(plan: Plan) -> str:
 def _plugin_problems(plan: Plan) -> list[str]:
     rollout = plan.topology.rollout
     named = [
-        ("rollout.dynamic_sampling_filter_path", "dynamic_sampling_filter", rollout.dynamic_sampling_filter_path),
+        (
+            "rollout.dynamic_sampling_filter_path",
+            "dynamic_sampling_filter",
+            rollout.dynamic_sampling_filter_path,
+        ),
         ("rollout.rollout_sample_filter_path", "rollout_sample_filter", rollout.rollout_sample_filter_path),
         ("rollout.buffer_filter_path", "buffer_filter", rollout.buffer_filter_path),
         ("rollout.custom_generate_function_path", "generate", rollout.custom_generate_function_path),

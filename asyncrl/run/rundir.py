@@ -67,7 +67,9 @@ class RunDir:
     def resume(cls, path: Path) -> RunDir:
         """An interrupted run's directory, locked. Raises DataError, ConfigError."""
         if not (path / "plan.json").exists():
-            raise DataError(f"{path}: not a run directory (it has no plan.json); `asyncrl launch --topology` starts one")
+            raise DataError(
+                f"{path}: not a run directory (it has no plan.json); `asyncrl launch --topology` starts one"
+            )
         run = cls(path)
         run.lock()
         return run

@@ -1,6 +1,6 @@
 """One launch: the run directory, the supervisor, the view on the terminal, the signals, the end.
 
-    topology -> plan -> preflight -> run directory -> supervisor ... -> audit, exported accuracy -> summary
+topology -> plan -> preflight -> run directory -> supervisor ... -> audit, exported accuracy -> summary
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ class Session:
         logging = log.configure(
             actor="supervisor", run_dir=self.attempt_dir, console="none", run=self.plan.topology.run.name
         )
-        self.run_dir.set_status(phase="starting", pid=os.getpid(), started_at=time.time(), exit_code=None, detail="")
+        self.run_dir.set_status(
+            phase="starting", pid=os.getpid(), started_at=time.time(), exit_code=None, detail=""
+        )
         try:
-            code = uvloop.run(self._live())
+            code: ExitCode = uvloop.run(self._live())
         finally:
             logging.close()
         detail = self.supervisor.failure if self.supervisor is not None else ""
@@ -145,4 +147,3 @@ class Session:
 def resumable(run: RunDir) -> str:
     """How to go on with a run, as a command."""
     return f"{Path(sys.argv[0]).name} launch --resume {run.path}"
-

@@ -18,6 +18,7 @@ import torch
 from asyncrl.link import Hub, Key, ServerLink
 from asyncrl.messages.control import Published, TrainerStart
 from asyncrl.messages.version import Manifest
+from asyncrl.topology.plan import Plan
 from asyncrl.weights.carriers.stream import StreamServer, bind_stream
 from asyncrl.weights.publisher import Publisher, Snapshot
 
@@ -35,6 +36,26 @@ class PushSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Versions whose bytes stay, at least."""
     address: str
     """Of the stream endpoint; empty: none."""
+
+
+def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings:
+    """What a plan says about pushes."""
+    topology = plan.topology
+    address = (
+        "memory://publisher" if in_memory else topology.run.publisher_address or _beside(topology.run.address)
+    )
+    return PushSettings(
+        run_id=topology.run.name,
+        directory=topology.weights.directory,
+        run_dir=str(run_dir),
+        keep=2,
+        address="" if topology.weights.carrier == "shm" else address,
+    )
+
+
+def _beside(address: str) -> str:
+    """A free port of the same host."""
+    return address.rpartition(":")[0] + ":0" if address.startswith("tcp://") else "tcp://127.0.0.1:0"
 
 
 class _Job(NamedTuple):
@@ -108,7 +129,7 @@ class Pushes:
             assert publisher is not None, "a snapshot comes from a publisher"
             began = time.monotonic()
             manifest = await asyncio.to_thread(
-                lambda j=job, p=publisher: p.write(j.snapshot, version=j.version, step=j.step)
+                publisher.write, job.snapshot, version=job.version, step=job.step
             )
             old = self._recorded
             if old is not None and (old.version, old.digest) == (manifest.version, manifest.digest):

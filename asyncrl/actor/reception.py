@@ -1,0 +1,77 @@
+"""What the supervisor answers to `attach`, `detach` and `status`: pure functions of the roster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from asyncrl.actor.roster import MemberState, Roster, State
+from asyncrl.messages.control import PROTOCOL
+from asyncrl.messages.supervision import AttachReply, AttachRequest, DetachRequest, Drain, Reply, Stop
+from asyncrl.obs.view import MemberUpdate
+from asyncrl.topology.plan import Plan
+
+ATTACHABLE = ("generator", "reward")
+"""Roles that may come and go."""
+
+
+def attach(
+    roster: Roster, request: AttachRequest, *, schema: str, plan: Plan, buffer_address: str, run_dir: Path
+) -> AttachReply:
+    """All a newcomer needs, or why it cannot come."""
+    problem = _problem(roster, request, schema=schema)
+    if not problem and (roster.ending or not buffer_address):
+        problem = "the run is starting or ending; it takes no newcomers now"
+    if problem:
+        return AttachReply(problem=problem)
+    return AttachReply(
+        name=request.name or roster.free_name(f"attached-{request.role}"),
+        plan=msgspec.json.encode(plan),
+        buffer_address=buffer_address,
+        run_dir=str(run_dir.resolve()),
+    )
+
+
+def _problem(roster: Roster, request: AttachRequest, *, schema: str) -> str:
+    if request.protocol != PROTOCOL or request.schema != schema:
+        return "this run was started by another version of asyncrl; install the same one"
+    if request.role not in ATTACHABLE:
+        return f'role "{request.role}" cannot be attached; allowed: {", ".join(ATTACHABLE)}'
+    known = roster.members.get(request.name)
+    if request.name and known is not None and known.state is not State.GONE:
+        return f'the name "{request.name}" is taken; choose another one'
+    return ""
+
+
+def detach(roster: Roster, request: DetachRequest) -> tuple[Reply, Drain | Stop | None]:
+    """The answer, and what to tell the member; None when there is nothing to tell."""
+    member = roster.members.get(request.name)
+    if member is None or member.state is State.GONE or not member.peer:
+        here = ", ".join(m.name for m in roster.present() if m.role in ATTACHABLE)
+        return Reply(ok=False, text=f'nobody here is called "{request.name}"; present: {here}'), None
+    if member.role not in ATTACHABLE:
+        return Reply(ok=False, text=f"the {member.role} cannot leave a run; Ctrl-C ends the run"), None
+    member.state = State.LEAVING
+    if request.drain:
+        return Reply(ok=True, text=f"{member.name} drains and leaves"), Drain(reason="detached")
+    return Reply(ok=True, text=f"{member.name} leaves now"), Stop()
+
+
+def describe(roster: Roster, reports: Mapping[str, MemberUpdate]) -> list[dict[str, Any]]:
+    """Every member as plain data."""
+    return [_row(member, reports.get(member.name)) for member in roster.members.values()]
+
+
+def _row(member: MemberState, report: MemberUpdate | None) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "role": member.role,
+        "state": str(member.state),
+        "pid": member.pid,
+        "restarts": member.restarts,
+        "attached": member.attached,
+        "report": None if report is None else msgspec.to_builtins(report),
+    }

@@ -1,0 +1,116 @@
+"""`asyncrl audit`, `story` and `replay`: a run's records, told to people. Owns words, no judgement."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from asyncrl.buffer import audit as auditor
+from asyncrl.buffer.audit_story import story as tell
+from asyncrl.errors import ConfigError, ExitCode
+from asyncrl.run.replay import Comparison, Outcome, Replay, compare
+
+
+def audit(run: Path, *, as_json: bool) -> int:
+    """Print the audit of a run; returns 1 when its ledger does not close.
+
+    Raises:
+        DataError: there is no such run.
+        StorageError: its ledger cannot be read.
+    """
+    report = auditor.audit(run)
+    text = report.to_json().decode() if as_json else report.text()
+    _console().print(text, markup=False, highlight=False)
+    return ExitCode.FINISHED if report.closes else ExitCode.FAILED
+
+
+def story(run: Path, uid: str) -> None:
+    """Print what happened to GROUP or GROUP.SAMPLE.
+
+    Raises:
+        ConfigError: `uid` is neither.
+        DataError: there is no such run, group or sample.
+    """
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?", uid)
+    if match is None:
+        raise ConfigError(f"story: {uid!r} names no group; write GROUP or GROUP.SAMPLE, such as 17 or 17.3")
+    group, sample = match.groups()
+    for line in tell(run, int(group), None if sample is None else int(sample)):
+        _console().print(line, markup=False, highlight=False)
+
+
+def replay(run: Path, *, overrides: Sequence[str], num_threads: int | None) -> int:
+    """Train again on what a run recorded; returns 1 at the first weights that differ.
+
+    Raises:
+        DataError: there is no such run, or nothing to replay in it.
+        ConfigError: an override is wrong.
+        StorageError: a recorded body was altered.
+    """
+    console = _console()
+    job = Replay(run, overrides=overrides, num_threads=num_threads)
+    try:
+        console.print(f"replay of {run}, {job.start()}", markup=False, highlight=False)
+        outcomes = _train(job, console)
+        different = None if job.counterfactual else next((o for o in outcomes if not o.equal), None)
+        if different is not None:
+            console.print(difference(different), markup=False, highlight=False)
+            return ExitCode.FAILED
+        if job.counterfactual:
+            console.print(_table(compare(job.recorded_metrics(), outcomes)))
+            equal = sum(outcome.equal for outcome in outcomes)
+            console.print(f"{len(outcomes)} steps with {', '.join(overrides)}; {equal} of them end in the recorded weights")
+        else:
+            console.print(f"all {len(outcomes)} steps end in the recorded weights, to the bit: {outcomes[-1].replayed}")
+        console.print(f"metrics of the replay: {job.directory / 'metrics.jsonl'}", markup=False, highlight=False)
+        return ExitCode.FINISHED
+    finally:
+        job.close()
+
+
+def difference(outcome: Outcome) -> str:
+    """The sentence about the first weights that differ."""
+    return (
+        f"batch {outcome.batch}: the weights differ from the recorded run. recorded digest {outcome.recorded}, "
+        f"replayed {outcome.replayed}. The batch before it was equal, so a stored token, reward or log-prob of this "
+        "batch was altered, or the machine, the build of torch or the number of threads is another one "
+        "(trainer.deterministic = true is needed, too)."
+    )
+
+
+def _train(job: Replay, console: Console) -> list[Outcome]:
+    """Train to the end, or to the first difference that matters."""
+    total = len(job.lineage)
+    outcomes: list[Outcome] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("replaying", total=total, completed=job.first)
+        for outcome in job.steps():
+            outcomes.append(outcome)
+            words = "equal" if outcome.equal else "different"
+            line = f"step {outcome.batch + 1}/{total} digest {words}"
+            progress.update(task, advance=1, description=line)
+            if not console.is_terminal:
+                console.print(line)
+            if not outcome.equal and not job.counterfactual:
+                break
+    return outcomes
+
+
+def _table(rows: Sequence[Comparison]) -> Table:
+    table = Table(box=None, header_style="dim")
+    table.add_column("metric")
+    for column in ("recorded mean", "replayed mean", "recorded last", "replayed last"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row.name, *(f"{value:.6g}" for value in row[1:]))
+    return table
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)

@@ -1,0 +1,93 @@
+"""The control link: what actors and commands say to the supervisor, and what it answers.
+
+Hello and its answers are those of the desk link (`control`); the rest is telemetry, the end of an actor, and
+the questions of `attach`, `detach` and `status`.
+"""
+
+from __future__ import annotations
+
+from asyncrl.messages.control import Hello, MemberLost, Message, Refused, Welcome
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """Supervisor to an actor: finish or hand back what you hold, then leave."""
+
+    reason: str = ""
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """Supervisor to an actor: leave now."""
+
+
+class Telemetry(Message, frozen=True, kw_only=True):
+    """Actor to supervisor: what people may see. Losing one loses nothing else."""
+
+    name: str
+    state: str = ""
+    """One word: starting, working, draining."""
+    waits: dict[str, float] = {}
+    """Seconds spent in each named wait since start."""
+    waiting: dict[str, float] = {}
+    """What is waited for now, and for how long."""
+    wall_s: float = 0.0
+    gauges: dict[str, float] = {}
+    """Metric name to value, the newest."""
+    version: int = -1
+    lines: list[str] = []
+    """Log lines for the console, JSON objects."""
+    facts: bytes = b""
+    """JSON object of whatever the role has to show (step reports, evaluations, queue states)."""
+
+
+class Exiting(Message, frozen=True, kw_only=True):
+    """Actor to supervisor: my last words."""
+
+    name: str
+    code: int
+    message: str = ""
+
+
+class AttachRequest(Message, frozen=True, kw_only=True):
+    """A newcomer to the supervisor."""
+
+    role: str
+    name: str = ""
+    protocol: int
+    schema: str
+    host: str = ""
+
+
+class AttachReply(Message, frozen=True, kw_only=True):
+    """All a newcomer needs; it dials the buffer itself."""
+
+    name: str = ""
+    plan: bytes = b""
+    """The plan as JSON."""
+    buffer_address: str = ""
+    run_dir: str = ""
+    problem: str = ""
+    """Not empty: refused, and why."""
+
+
+class DetachRequest(Message, frozen=True, kw_only=True):
+    """`asyncrl detach` to the supervisor."""
+
+    name: str
+    drain: bool = True
+
+
+class StatusRequest(Message, frozen=True, kw_only=True):
+    """`asyncrl status` to the supervisor."""
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    """The supervisor's answer to detach and status."""
+
+    ok: bool
+    text: str = ""
+    data: bytes = b""
+    """JSON."""
+
+
+ToSupervisor = Hello | Telemetry | Exiting | AttachRequest | DetachRequest | StatusRequest
+FromSupervisor = Welcome | Refused | MemberLost | Drain | Stop | AttachReply | Reply

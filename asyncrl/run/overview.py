@@ -1,0 +1,62 @@
+"""The state of a run in a few lines, from its records alone: for `status`, live or long after."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+
+def overview(run_dir: Path) -> dict[str, Any]:
+    """Steps, versions, evaluations, samples by state, open leases, tokens; empty where there are no records."""
+    path = run_dir / "buffer.db"
+    if not path.exists():
+        return {}
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        try:
+            return {
+                "steps": _steps(db),
+                "versions": _versions(db),
+                "evaluations": _evaluations(db),
+                "samples": _pairs(db, "select state, count(*) from samples group by state order by 2 desc"),
+                "leases": _pairs(
+                    db, "select worker, count(*) from leases where ended_at is null group by worker"
+                ),
+                "tokens": _tokens(db),
+            }
+        except sqlite3.OperationalError:
+            return {}  # the tables are being made
+
+
+def _pairs(db: sqlite3.Connection, query: str) -> str:
+    return ", ".join(f"{number} {name}" for name, number in db.execute(query))
+
+
+def _steps(db: sqlite3.Connection) -> str:
+    trained, recorded = db.execute(
+        "select (select count(distinct batch) from trained), (select count(*) from batches)"
+    ).fetchone()
+    saved = db.execute("select max(rollout_step) from checkpoints").fetchone()[0]
+    return f"{trained} trained, {recorded} recorded" + (
+        f", checkpoint at {saved}" if saved is not None else ""
+    )
+
+
+def _versions(db: sqlite3.Connection) -> str:
+    row = db.execute(
+        "select version, incarnation, digest from versions order by version desc, incarnation desc limit 1"
+    ).fetchone()
+    return f"v{row[0]}.{row[1]} {row[2]}" if row else ""
+
+
+def _evaluations(db: sqlite3.Connection) -> str:
+    rows = db.execute(
+        "select g.version, avg(s.reward) from samples s join groups g using (group_id)"
+        " where g.reason = 'evaluated' group by g.version order by g.version"
+    )
+    return ", ".join(f"v{version} {mean:.3f}" for version, mean in rows)
+
+
+def _tokens(db: sqlite3.Connection) -> str:
+    totals = dict(db.execute("select key, value from totals").fetchall())
+    return f"{totals.get('received.tokens', 0)} received, {totals.get('settled.trained.tokens', 0)} trained"
