@@ -280,7 +280,7 @@ class Desk:
         self.start = start
         step = max(self.members.checkpoints, default=0)
         self.told.append(f"life {start.incarnation} at {step}")
-        if start.published is None or start.published.version < step:
+        if start.published is None or start.published.version <= step:
             self._publish(step, self._digest_at(step))
 
     def _digest_at(self, step: int) -> str:

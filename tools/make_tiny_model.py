@@ -4,7 +4,7 @@ Owns: one directory that is a Hugging Face model (Qwen3 architecture, 0.34 milli
 tokenizer with a chat template) and that also holds `train.jsonl` and `eval.jsonl`. Never touches the network,
 and never shows a held-out prompt to the warm-up or puts one into `train.jsonl`.
 
-The arithmetic is counting on: `37+6 x4` asks for the four totals of adding 6 to 37 four times, `43 49 55 61`.
+The arithmetic is counting on: `37+6x4` asks for the four totals of adding 6 to 37 four times, `43 49 55 61`.
 An answer has 1 to 4 totals, so it is 3 to 12 tokens long.
 
 The warm-up shows the model demonstrations of a careless pupil, who can add but often forgets the carry when
@@ -47,8 +47,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# All totals have two digits: 63 + 4 x 9 = 99.
-STARTS, ADDENDS, COUNTS = range(10, 64), range(1, 10), range(1, 5)
+# All totals have two digits: 50 + 4 x 9 = 86.
+STARTS, ADDENDS, COUNTS = range(10, 51), range(1, 10), range(1, 5)
 MAX_ANSWER_TOKENS = 3 * COUNTS[-1]
 """Two digits and a space for each total but the last, which the end token follows."""
 
@@ -58,9 +58,9 @@ class Recipe:
     """Everything the result depends on; `recipe.json` in the directory."""
 
     seed: int = 1
-    steps: int = 300
+    steps: int = 450
     """Supervised steps; the learning rate falls to zero over them."""
-    batch_size: int = 128
+    batch_size: int = 96
     lr: float = 4e-3
     hidden_size: int = 96
     num_layers: int = 3
@@ -72,7 +72,7 @@ class Recipe:
     """Of the first weights; at 0.02, the usual choice for wide models, 96 channels start slowly."""
     careless_from: int = 4
     """The pupil is careless when the digit to add is at least this."""
-    carry_probability: float = 0.35
+    carry_probability: float = 0.3
     """How often the careless pupil remembers a carry all the same."""
     num_eval: int = 256
     format: int = 1
@@ -89,8 +89,8 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The question, 7 characters."""
-        return f"{self.start}+{self.addend} x{self.count}"
+        """The question, 6 characters."""
+        return f"{self.start}+{self.addend}x{self.count}"
 
     @property
     def totals(self) -> list[int]:
@@ -231,7 +231,7 @@ class WarmUp:
         self.recipe = recipe
         self.draw = random.Random(recipe.seed + 1)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
+            model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.1
         )
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ FINISHED = "g.state in ('ready', 'batched', 'trained', 'filtered', 'evaluated')"
 
 
 def ordinals(table: str, column: str, *, first: int, noun: str) -> Check:
-    """The check that a table's ordinals have no gap."""
+    """The check that a table's ordinals have no gap; `noun` is one row of it."""
 
     def find(view: View) -> Finding:
         count, low, high = view.rows(f"select count(*), min({column}), max({column}) from {table}")[0]  # noqa: S608
@@ -46,7 +46,7 @@ def ordinals(table: str, column: str, *, first: int, noun: str) -> Check:
         expected = high - first + 1
         return Finding(count, expected, "" if count == expected else f"{noun} {missing} is missing")
 
-    return Check(f"{table}.ordinals", f"{noun}s are numbered from {first} without a gap", find)
+    return Check(f"{table}.ordinals", f"{table} are numbered from {first} without a gap", find)
 
 
 def _groups(view: View) -> Finding:
@@ -184,7 +184,7 @@ def _places(view: View) -> Finding:
 def _contents(view: View) -> Finding:
     """Bodies hold what their rows say: digest, tokens, spans, reward."""
     if not view.deep:
-        return Finding(0, 0, skipped="bodies are read with deep only")
+        return Finding(0, 0, skipped="the bodies were not read")
     segments = Segments(view.run_dir / BODIES, writable=False)
     broken, count = "", 0
     sound = 0

@@ -188,6 +188,27 @@ def _named_versions(view: View) -> Finding:
     return Finding(len(used), len(used) - len(bad), words)
 
 
+def _published(view: View) -> Finding:
+    """Every version due, up to the newest, was published.
+
+    A push is written beside the next step, so a trainer may die with one on its way; its next life then starts
+    at a checkpoint less than two pushes later, and what was on its way is never published.
+    """
+    if view.plan is None:
+        return Finding(0, 0, skipped=NO_PLAN)
+    interval = view.plan.topology.rollout.update_weights_interval
+    known = {row[0] for row in view.rows("select version from versions")}
+    starts = [row[0] for row in view.rows("select rollout_step from incarnations")]
+    due = [
+        version
+        for version in range(0, max(known, default=-1) + 1, interval)
+        if version in known or not any(version < start < version + 2 * interval for start in starts)
+    ]
+    missing = [version for version in due if version not in known]
+    words = f"version {missing[0]} was never published, and newer ones were" if missing else ""
+    return Finding(len(due), len(due) - len(missing), words)
+
+
 def _checkpoints(view: View) -> Finding:
     return view.counted(
         "select count(*) from checkpoints",
@@ -305,6 +326,7 @@ CHECKS = (
     Check("trained.lives", "each life of the trainer trains without a gap from its checkpoint", _lives),
     Check("trained.lineage", "the surviving weights hold every batch once, and its groups are trained", _lineage),
     Check("versions.digest", "a version is the weights after the batch before it", _versions),
+    Check("versions.published", "every version that was due, up to the newest, was published", _published),
     Check("versions.known", "every version that is named was published", _named_versions),
     Check("checkpoints.trained", "a checkpoint is of weights that were trained", _checkpoints),
     Check("staleness.tokens", "no trained token is older than max_staleness", _late),

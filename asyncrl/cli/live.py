@@ -105,18 +105,24 @@ def _show(facts: dict[str, Any], console: Console) -> None:
 def _members(members: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("  member", "role", "state", "version", "tokens", "waits for", "pid", "restarts"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for member in members:
         report = member.get("report") or {}
         waits = report.get("waits_for") or ""
         since = f" {duration(report.get('waits_for_s') or 0.0)}" if waits else ""
         version = report.get("version")
         table.add_row(
-            f"  {member['name']}", member["role"], member["state"] + (" (attached)" if member.get("attached") else ""),
+            f"  {member['name']}", member["role"], _state(member),
             "" if version is None else str(version), short(report.get("generated_tokens") or 0), f"{waits}{since}",
             str(member["pid"] or ""), str(member["restarts"]),
         )  # fmt: skip
     return table
+
+
+def _state(member: dict[str, Any]) -> str:
+    """Attached members are marked; the evaluator shares the source's process and is none of its own."""
+    attached = member.get("attached") and member["role"] != "evaluator"
+    return f"{member['state']}, attached" if attached else str(member["state"])
 
 
 def keys(path: Path) -> int:

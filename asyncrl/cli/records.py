@@ -13,7 +13,11 @@ from rich.table import Table
 from asyncrl.buffer import audit as auditor
 from asyncrl.buffer.audit_story import story as tell
 from asyncrl.errors import ConfigError, ExitCode
+from asyncrl.buffer.store import BODIES
 from asyncrl.run.replay import Comparison, Outcome, Replay, compare
+
+DEEP_BYTES = 1 << 30
+"""Bodies up to this size are read and compared with their rows, too; that takes a second or two."""
 
 
 def audit(run: Path, *, as_json: bool) -> int:
@@ -23,7 +27,8 @@ def audit(run: Path, *, as_json: bool) -> int:
         DataError: there is no such run.
         StorageError: its ledger cannot be read.
     """
-    report = auditor.audit(run)
+    size = sum(path.stat().st_size for path in (run / BODIES).glob("bodies-*.bin"))
+    report = auditor.audit(run, deep=size <= DEEP_BYTES)
     text = report.to_json().decode() if as_json else report.text()
     _console().print(text, markup=False, highlight=False)
     return ExitCode.FINISHED if report.closes else ExitCode.FAILED

@@ -34,6 +34,16 @@ def unpack(groups: Iterable[GroupParts], frames: Iterable[bytes]) -> list[list[S
     return unpacked
 
 
+def leased_bytes(parts: GroupParts, frames: Iterator[bytes]) -> int:
+    """Takes a group's frames off `frames`; returns what a lease on them is charged: prompt and segments."""
+    total = len(_next(frames))
+    for num_segments in parts.segments:
+        total += sum(len(_next(frames)) for _ in range(num_segments))
+        if parts.scored:
+            _next(frames)
+    return total
+
+
 def _unpack_group(parts: GroupParts, stream: Iterator[bytes]) -> list[Sample]:
     prompt = _decode(_next(stream), Prompt)
     samples = []

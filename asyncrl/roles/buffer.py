@@ -92,8 +92,7 @@ class BufferRole(Actor):
         """consumes: messages of peers    waits for: peers    produces: ledger events"""
         assert self._link is not None
         while True:
-            with self.waits("message"):
-                delivery = await self._link.recv()
+            delivery = await self._link.recv()
             await self._take(delivery)
             self._changed.set()
 
@@ -175,7 +174,7 @@ class BufferRole(Actor):
             if transaction.empty and not self._courier_has_work():
                 continue
             began = time.monotonic()
-            with self.waits("commit"):
+            with self.waits("disk"):
                 outgoing = await self.compute(functools.partial(self._execute, transaction))
             self._commits.append((time.monotonic() - began, len(transaction.samples)))
             for item, frames in outgoing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from asyncrl.actor.base import Context
@@ -27,16 +29,26 @@ class EvaluatorRole(DeskActor):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        self._parts: asyncio.Queue[tuple[Evaluated, list[bytes]]] = asyncio.Queue()
         self._samples: list[Sample] = []
 
+    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return [self._evaluate()]
+
     async def handle(self, message: Any, frames: list[bytes]) -> None:
-        if not isinstance(message, Evaluated):
-            return
-        if message.part == 0:
-            self._samples = []
-        self._samples += _flat(message.groups, frames)
-        if message.part + 1 == message.num_parts:
-            await self._finish(message.version, message.incarnation)
+        if isinstance(message, Evaluated):
+            self._parts.put_nowait((message, frames))
+
+    async def _evaluate(self) -> None:
+        """consumes: pieces of evaluations    waits for: "evaluation"    produces: metrics"""
+        while True:
+            with self.waits("evaluation"):
+                message, frames = await self._parts.get()
+            if message.part == 0:
+                self._samples = []
+            self._samples += _flat(message.groups, frames)
+            if message.part + 1 == message.num_parts:
+                await self._finish(message.version, message.incarnation)
 
     async def _finish(self, version: int, incarnation: int) -> None:
         values: dict[str, float] = {}

@@ -23,7 +23,7 @@ from asyncrl.engines.swap import Swapper, push_metrics
 from asyncrl.errors import AsyncrlError, ExitCode
 from asyncrl.messages.control import Acks, Kind, Lease, Leases, NewVersion, Want, Welcome
 from asyncrl.messages.hooks import Args
-from asyncrl.messages.parts import unpack
+from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Segment, Status
 from asyncrl.messages.version import Manifest
 from asyncrl.obs.view import MemberUpdate
@@ -62,6 +62,7 @@ class GeneratorRole(DeskActor):
         self._args: Args | None = None
         self._draining = False
         self._held = 0
+        self._busy, self._idle = asyncio.Event(), asyncio.Event()
         """Samples leased to us and not handed in."""
         self._freed = (0, 0)
         """Samples and bytes handed in since the last credit."""
@@ -96,7 +97,7 @@ class GeneratorRole(DeskActor):
             self._announce(welcome.announced)
 
     def work(self) -> Sequence[Coroutine[Any, Any, None]]:
-        return [self._swap(), self._sample_all(), self.outbox.write(), self._credit()]
+        return [self._swap(), self._sample_all(), self.outbox.write(), self._credit(), self._count_idle()]
 
     async def handle(self, message: Any, frames: list[bytes]) -> None:
         match message:
@@ -117,19 +118,27 @@ class GeneratorRole(DeskActor):
         groups = unpack([lease.parts for lease in message.leases], frames)
         sizes = iter(frames)
         for lease, samples in zip(message.leases, groups, strict=True):
-            num_bytes = sum(len(next(sizes)) for _ in range(lease.parts.num_frames))
-            share = num_bytes // len(samples)
-            for sample in samples:
-                self._held += 1
-                self._jobs.put_nowait((lease, sample, share))
+            num_bytes = leased_bytes(lease.parts, sizes)
+            self._held += len(samples)
+            self._idle.clear()
+            self._busy.set()
+            for number, sample in enumerate(samples):
+                # Bytes are given back with the first sample: their sum has to come out even.
+                self._jobs.put_nowait((lease, sample, 0 if number else num_bytes))
 
     async def _sample_all(self) -> None:
         """consumes: leased samples    waits for: leases    produces: one task per sample"""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                with self.waits("lease") if not self._held else self.waits("engine"):
-                    lease, sample, num_bytes = await self._jobs.get()
-                tasks.create_task(self._sample(lease, sample, num_bytes))
+                job = await self._jobs.get()
+                tasks.create_task(self._sample(*job))
+
+    async def _count_idle(self) -> None:
+        """Charge the time in which nothing is leased to us to "lease"."""
+        while True:
+            with self.waits("lease"):
+                await self._busy.wait()
+            await self._idle.wait()
 
     async def _sample(self, lease: Lease, sample: Sample, num_bytes: int) -> None:
         """One sample from lease to last report; its room is free again when that report is on its way."""
@@ -147,6 +156,9 @@ class GeneratorRole(DeskActor):
                     raise  # the engine's own failure ends the generator
                 await out.report(Segment(), Status.FAILED, str(error))
         self._held -= 1
+        if not self._held:
+            self._busy.clear()
+            self._idle.set()
         self._freed = (self._freed[0] + 1, self._freed[1] + num_bytes)
         self._room.set()
 

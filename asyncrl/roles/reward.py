@@ -17,7 +17,7 @@ from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor
 from asyncrl.errors import ExitCode
 from asyncrl.messages.control import Acks, Kind, Lease, Leases, Scored, Scores, Verdict, Want
-from asyncrl.messages.parts import unpack
+from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Score
 from asyncrl.rewards.base import RewardFailure, RewardSpec
 from asyncrl.rewards.sandbox import Sandbox
@@ -76,7 +76,7 @@ class RewardRole(DeskActor):
                 sizes = iter(frames)
                 groups = unpack([lease.parts for lease in message.leases], frames)
                 for lease, samples in zip(message.leases, groups, strict=True):
-                    num_bytes = sum(len(next(sizes)) for _ in range(lease.parts.num_frames))
+                    num_bytes = leased_bytes(lease.parts, sizes)
                     self._busy += 1
                     self._idle.clear()
                     self._jobs.put_nowait((lease, samples, num_bytes))

@@ -9,9 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 
@@ -146,4 +144,4 @@ class Session:
 
 def resumable(run: RunDir) -> str:
     """How to go on with a run, as a command."""
-    return f"{Path(sys.argv[0]).name} launch --resume {run.path}"
+    return f"asyncrl launch --resume {run.path}"

@@ -1,4 +1,4 @@
-"""The tiny model's directory is what the quickstart and plain transformers expect, and its split is honest."""
+"""The tiny model's directory is what the quickstart and transformers expect, and its split is honest."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_held_out_prompt_is_in_train(made: Path) -> None:
 def test_labels_are_the_right_answers(made: Path) -> None:
     for row in rows(made / "train.jsonl") + rows(made / "eval.jsonl"):
         start, rest = row["prompt"].split("+")
-        addend, count = map(int, rest.split(" x"))
+        addend, count = map(int, rest.split("x"))
         want = [int(start) + addend * (i + 1) for i in range(count)]
         assert row["label"] == " ".join(map(str, want))
         assert row["metadata"]["count"] == count
@@ -91,7 +91,7 @@ def test_answer_lengths_differ_threefold(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["43 49 55", "37+6 x4", "", " \n two  spaces ", "".join(map(chr, range(32, 127)))]
+    "text", ["43 49 55", "37+6x4", "", " \n two  spaces ", "".join(map(chr, range(32, 127)))]
 )
 def test_the_tokenizer_gives_the_text_back(made: Path, text: str) -> None:
     from transformers import AutoTokenizer
@@ -119,11 +119,11 @@ def test_the_chat_template_renders_alike_everywhere(tool: ModuleType, made: Path
     auto = AutoTokenizer.from_pretrained(made)
     template = json.loads((made / "tokenizer_config.json").read_text())["chat_template"]
     messages = [
-        {"role": "user", "content": "1+2 x1"},
+        {"role": "user", "content": "1+2x1"},
         {"role": "assistant", "content": "03"},
-        {"role": "user", "content": "37+6 x4"},
+        {"role": "user", "content": "37+6x4"},
     ]
-    want = "<|user|>1+2 x1<|assistant|>03<|end|><|user|>37+6 x4<|assistant|>"
+    want = "<|user|>1+2x1<|assistant|>03<|end|><|user|>37+6x4<|assistant|>"
     ours = jinja2.Environment(autoescape=False).from_string(template)  # noqa: S701 - a prompt is not HTML
     assert ours.render(messages=messages, add_generation_prompt=True) == want
     assert auto.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == want
@@ -140,7 +140,7 @@ def test_plain_transformers_loads_and_generates(made: Path) -> None:
     assert 300_000 <= sum(p.numel() for p in model.parameters()) <= 1_000_000
     assert model.generation_config.eos_token_id == auto.eos_token_id
     assert model.generation_config.pad_token_id == auto.pad_token_id
-    prompt = torch.tensor([auto("<|user|>37+6 x4<|assistant|>")["input_ids"]])
+    prompt = torch.tensor([auto("<|user|>37+6x4<|assistant|>")["input_ids"]])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt))
     assert prompt.shape[1] < out.shape[1] <= prompt.shape[1] + 13
 
