@@ -96,7 +96,8 @@ def make_plan(
     """A small plan; `rollout` and `trainer` are further lines of their tables."""
     text = TOPOLOGY.format(
         num_rollout=num_rollout, batch_size=batch_size, num_samples=num_samples, max_staleness=max_staleness,
-        model=model, rollout=rollout, trainer=trainer, evals='eval_prompt_data = ["held", "h.jsonl"]' if evals else "",
+        model=model, rollout=rollout, trainer=trainer,
+        evals='eval_prompt_data = ["held", "h.jsonl"]' if evals else "",
     )  # fmt: skip
     return compile_plan(parse(text, source="desk"))
 
@@ -192,7 +193,9 @@ class Desk:
         self.lives += 1
         incarnation = f"life{self.lives}"
         peer = f"{name}.{incarnation}".encode()
-        hello = Hello(name=name, role=role, incarnation=incarnation, protocol=1, schema="", host="here", pid=self.lives)
+        hello = Hello(
+            name=name, role=role, incarnation=incarnation, protocol=1, schema="", host="here", pid=self.lives
+        )
         self.members.join(peer, hello, self.tick())
         return self.ledger.fleet.workers[peer]
 
@@ -213,7 +216,7 @@ class Desk:
         self.generators[name] = Generator(self.join(name, "generator"), chunk)
 
     def start_trainer(self) -> None:
-        """A (new) life of the trainer begins; it publishes what it may once it has been told where it stands."""
+        """A (new) life of the trainer begins; it publishes what it may once it knows where it stands."""
         self.batches = []
         self.trainer = self.join("trainer", "trainer")
         self.ledger.fleet.want(self.trainer, Want(kind=Kind.TRAIN, samples=2, num_bytes=1 << 30))
@@ -267,7 +270,10 @@ class Desk:
         count = self.eval_prompts if need.lane is Lane.EVAL else need.groups
         first = self.ledger.book.next_group
         prompts = [self.number("prompt", first + i).choices(range(2, self.vocab), k=3) for i in range(count)]
-        bodies = [frame(Prompt(tokens=pack_tokens(tokens), text=f"p{tokens}", dataset=dataset)) for tokens in prompts]
+        bodies = [
+            frame(Prompt(tokens=pack_tokens(tokens), text=f"p{tokens}", dataset=dataset))
+            for tokens in prompts
+        ]
         samples = 1 if lane is Lane.EVAL else self.plan.topology.rollout.n_samples_per_prompt
         issue = Issue(
             lane=lane, first_group=first, prompts=[Issued(samples, 3, dataset) for _ in bodies],
@@ -350,7 +356,8 @@ class Desk:
             spans=spans, text="x" * count,
         )  # fmt: skip
         report = Report(
-            fence=job.fence, group_id=job.group_id, index=job.index, offset=job.offset, num_tokens=count, spans=spans,
+            fence=job.fence, group_id=job.group_id, index=job.index, offset=job.offset, num_tokens=count,
+            spans=spans,
             status=Status.COMPLETED if done else Status.PENDING,
         )  # fmt: skip
         self.ledger.report(generator.worker, report, frame(segment), self.tick())
@@ -362,7 +369,11 @@ class Desk:
         generator = self.generators[name]
         for job in generator.jobs:
             report = Report(
-                fence=job.fence, group_id=job.group_id, index=job.index, offset=job.offset, status=Status.ABORTED
+                fence=job.fence,
+                group_id=job.group_id,
+                index=job.index,
+                offset=job.offset,
+                status=Status.ABORTED,
             )
             self.ledger.report(generator.worker, report, None, self.tick())
         self._credit(generator, len(generator.jobs), 0)
@@ -386,7 +397,9 @@ class Desk:
             return False
         batch = self.batches.pop(0)
         parts = batch_parts(self.store.db, batch)
-        groups = unpack([p for p, _ in parts], self.store.read(body for _, bodies in parts for body in bodies))
+        groups = unpack(
+            [p for p, _ in parts], self.store.read(body for _, bodies in parts for body in bodies)
+        )
         started = self.tick()
         digest, step, tokens = self.train(batch, groups)
         trained = Trained(
@@ -399,7 +412,9 @@ class Desk:
         interval = self.plan.topology.trainer.save_interval
         if batch + 1 == self.plan.num_rollout or (interval and (batch + 1) % interval == 0):
             path = self.save(batch + 1)
-            saved = Saved(rollout_step=batch + 1, incarnation=self.start.incarnation, path=str(path), step=step)
+            saved = Saved(
+                rollout_step=batch + 1, incarnation=self.start.incarnation, path=str(path), step=step
+            )
             self.members.saved(self.trainer, saved, self.tick())
         return True
 
@@ -434,10 +449,12 @@ def fake_train(batch: int, groups: list[list[Sample]]) -> tuple[str, int, int]:
 
 
 def played(run_dir: Path, **options: Any) -> Path:
-    """A run with lag, partials, a killed generator, a restarted trainer, a refused group and an evaluation."""
+    """A run with lag, partials, a killed generator, a restarted trainer, refused groups, an evaluation."""
     names = ("num_rollout", "batch_size", "num_samples", "max_staleness", "rollout", "trainer", "model")
     plan_options = {name: options.pop(name) for name in names if name in options}
-    plan_options.setdefault("rollout", 'dynamic_sampling_filter_path = "plugins.filters:keep"\npartial_rollout = true')
+    plan_options.setdefault(
+        "rollout", 'dynamic_sampling_filter_path = "plugins.filters:keep"\npartial_rollout = true'
+    )
     plan = make_plan(evals=True, **plan_options)
     desk = Desk(run_dir, plan, keep=lambda group_id: group_id % 5 != 4, **options)
     desk.play(rounds=4)

@@ -57,7 +57,7 @@ MAX_ANSWER_TOKENS = 3 * COUNTS[-1]
 class Recipe:
     """Everything the result depends on; `recipe.json` in the directory."""
 
-    seed: int = 1
+    seed: int = 2
     steps: int = 450
     """Supervised steps; the learning rate falls to zero over them."""
     batch_size: int = 96
@@ -114,13 +114,18 @@ class Problem:
 
 
 def split(recipe: Recipe) -> tuple[list[Problem], list[Problem]]:
-    """Every problem there is, as (train, held out), shuffled; the held out have each count equally often."""
+    """Every problem there is, as (train, held out), shuffled.
+
+    The held out have each count and each addend equally often, so the seed hardly moves how hard they are.
+    """
     shuffler = random.Random(recipe.seed)
     train: list[Problem] = []
     held_out: list[Problem] = []
     for i, count in enumerate(COUNTS):
-        problems = [Problem(start, addend, count) for start in STARTS for addend in ADDENDS]
-        shuffler.shuffle(problems)
+        starts = {addend: shuffler.sample(STARTS, len(STARTS)) for addend in ADDENDS}
+        problems = [
+            Problem(starts[addend][j], addend, count) for j in range(len(STARTS)) for addend in ADDENDS
+        ]
         share = recipe.num_eval * (i + 1) // len(COUNTS) - recipe.num_eval * i // len(COUNTS)
         held_out += problems[:share]
         train += problems[share:]

@@ -250,7 +250,7 @@ class Actor:
 
     async def _telemetry(self, updates: list[Update]) -> None:
         facts = msgspec.json.encode([*updates, self.member()])
-        await self._say(Telemetry(name=self.name, state=self.state, gauges=self.gauges, facts=facts))
+        await self._say(Telemetry(name=self.name, facts=facts))
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

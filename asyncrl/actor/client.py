@@ -66,7 +66,8 @@ class DeskActor(Actor):
                 return await desk.recv()
         except TimeoutError:
             raise StalledError(
-                f"{self.name}: no answer from the buffer at {self.context.desk_address} in {WELCOME_DEADLINE_S:.0f} s"
+                f"{self.name}: the buffer at {self.context.desk_address} did not answer in "
+                f"{WELCOME_DEADLINE_S:.0f} s"
             ) from None
 
     def loops(self) -> Sequence[Coroutine[Any, Any, None]]:

@@ -48,7 +48,8 @@ def load_role(role: str) -> type[Actor]:
 
 
 def make_actors(
-    plan: Plan, process: str, *, run_dir: Path, attempt_dir: Path, incarnation: str, control: str, buffer: str,
+    plan: Plan, process: str, *, run_dir: Path, attempt_dir: Path, incarnation: str, control: str,
+    buffer: str,
     resumed: bool = False, hub: Hub | None = None, index: int | None = None, role: str = "",
 ) -> list[Actor]:  # fmt: skip
     """The actors of one process of the plan (or of an attached one, whose role is given)."""
@@ -122,11 +123,11 @@ def _run(plan: Plan, options: argparse.Namespace) -> ExitCode:
 
     try:
         code: ExitCode = uvloop.run(lived())
-        return code
     except BaseExceptionGroup as group:
         return report(first_error(group))
     except AsyncrlError as error:
         return report(error)
+    return code
 
 
 def report(error: BaseException) -> ExitCode:

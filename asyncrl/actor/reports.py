@@ -1,4 +1,4 @@
-"""A generator's way to the buffer: progress of each sample, many reports per message, one unacknowledged each.
+"""A generator's way to the buffer: many reports per message, one unacknowledged per sample.
 
 While a report of a sample is unacknowledged, what it generates further gathers; so a slow disk bounds what is
 on its way without slowing the engine down.

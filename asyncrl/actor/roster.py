@@ -1,4 +1,4 @@
-"""Who belongs to a run and how each one stands; and the rule for starting one again. Pure: no process, no clock."""
+"""Who belongs to a run, how each one stands, and the rule for starting one again. Pure."""
 
 from __future__ import annotations
 
@@ -91,6 +91,12 @@ class Roster:
         member.state = State.RESTARTING
         member.restarts += 1
         return Fate.RESTART
+
+    def spent(self, member: MemberState) -> str:
+        """What a story ends with when no restart is left; empty when there never was one to give."""
+        if not member.restarts or member.restarts < self.max_restarts:
+            return ""
+        return f" (restarted {member.restarts} times before; run.max_restarts = {self.max_restarts})"
 
     def backoff_s(self, member: MemberState) -> float:
         """How long to wait before this restart; doubles with each."""

@@ -1,4 +1,4 @@
-"""The supervisor: starts the processes of a plan, hears from them, restarts what may be restarted, ends the run.
+"""The supervisor: starts the processes of a plan, hears from them, restarts some, ends the run.
 
     buffer first (its address is what everybody needs) -> the others -> running -> finished | drained | failed
 
@@ -171,7 +171,7 @@ class Supervisor:
         self._show_update(NoteUpdate(text=text))
         self.log.warning("died", member=member.name, code=code, fate=str(fate), message=member.last_words)
         if fate is Fate.FAIL:
-            self._fail(text)
+            self._fail(text + self.roster.spent(member))
             return
         await self._to_buffer(
             MemberLost(

@@ -8,6 +8,7 @@ directory without a run is an error. The equations stand in `audit_rows`, `audit
 What rows cannot show: that the newest row of a table was removed together with everything that names it.
 """
 
+# ruff: noqa: S608 -- queries are put together from words of this module only
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,7 +28,17 @@ CHECKS: tuple[Check, ...] = (
     *audit_training.CHECKS,
 )
 """Every equation, in the order it is reported."""
-COUNTED = ("groups", "samples", "bodies", "leases", "batches", "trained", "versions", "checkpoints", "members")
+COUNTED = (
+    "groups",
+    "samples",
+    "bodies",
+    "leases",
+    "batches",
+    "trained",
+    "versions",
+    "checkpoints",
+    "members",
+)
 """Tables whose sizes a report tells."""
 
 
@@ -80,7 +91,9 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
         verdict = f"the ledger closes: {len(self.equations)} equations hold"
         if not self.closes:
             names = ", ".join(equation.name for equation in self.broken)
-            verdict = f"the ledger does NOT close: {len(self.broken)} of {len(self.equations)} are broken: {names}"
+            verdict = (
+                f"the ledger does NOT close: {len(self.broken)} of {len(self.equations)} are broken: {names}"
+            )
         return "\n".join([f"audit of {self.run} ({state})", rows, "", *lines, "", verdict])
 
 
@@ -147,7 +160,7 @@ def _attempt(work: Any) -> Any:
 
 
 def _size(view: View, table: str) -> int:
-    count = _attempt(lambda: view.one(f"select count(*) from {table}"))  # noqa: S608 - names of our own
+    count = _attempt(lambda: view.one(f"select count(*) from {table}"))
     return count if isinstance(count, int) else -1
 
 

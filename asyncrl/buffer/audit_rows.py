@@ -1,5 +1,6 @@
-"""Equations over groups, samples and their bodies: every row is there, once, and agrees with its neighbours."""
+"""Equations over groups, samples and bodies: every row is there, once, and agrees with its neighbours."""
 
+# ruff: noqa: S608 -- queries are put together from words of this package only
 from __future__ import annotations
 
 import msgspec
@@ -16,12 +17,14 @@ case when reason is null and batch < 0 then state in ('fresh', 'open', 'ready')
      when reason is null then state = 'batched' and lane = 'train'
      else reason = state and settled_seq >= 0 and (reason = 'trained') = (batch >= 0)
           and case lane when 'eval' then reason in ('evaluated', 'failed', 'unneeded')
-                        when 'train' then reason in ('trained', 'filtered', 'stale', 'surplus', 'failed', 'unneeded')
+                        when 'train' then reason in ('trained', 'filtered', 'stale', 'surplus', 'failed',
+                                                     'unneeded')
               end
 end is true
 """
 SOUND_SAMPLE = """
-case when g.state in ('fresh', 'open') then s.state in ('fresh', 'generating', 'generated', 'scoring', 'scored')
+case when g.state in ('fresh', 'open')
+     then s.state in ('fresh', 'generating', 'generated', 'scoring', 'scored')
      when g.state = 'ready' then s.state = 'scored'
      else s.state = g.state
 end is true
@@ -33,13 +36,13 @@ def ordinals(table: str, column: str, *, first: int, noun: str) -> Check:
     """The check that a table's ordinals have no gap; `noun` is one row of it."""
 
     def find(view: View) -> Finding:
-        count, low, high = view.rows(f"select count(*), min({column}), max({column}) from {table}")[0]  # noqa: S608
+        count, low, high = view.rows(f"select count(*), min({column}), max({column}) from {table}")[0]
         if not count:
             return Finding(0, 0)
         missing = first
         if low == first:
             missing = view.one(
-                f"select min({column}) + 1 from {table} a where {column} < ? and not exists"  # noqa: S608
+                f"select min({column}) + 1 from {table} a where {column} < ? and not exists"
                 f" (select 1 from {table} b where b.{column} = a.{column} + 1)",
                 high,
             )
@@ -52,9 +55,10 @@ def ordinals(table: str, column: str, *, first: int, noun: str) -> Check:
 def _groups(view: View) -> Finding:
     return view.counted(
         "select count(*) from groups",
-        f"select group_id, lane, state, coalesce(reason, 'none'), batch, settled_seq from groups"  # noqa: S608
+        f"select group_id, lane, state, coalesce(reason, 'none'), batch, settled_seq from groups"
         f" where not ({SOUND_GROUP}) order by group_id",
-        "group {0} of lane {1}: state {2}, settled as {3}, batch {4}, settled at event {5} do not go together",
+        "group {0} of lane {1}: state {2}, settled as {3}, batch {4}, settled at event {5} do not go"
+        " together",
     )
 
 
@@ -67,7 +71,9 @@ def _samples(view: View) -> Finding:
     )
     words = "group {0} has {2} samples numbered from 0, the row says {1}".format(*bad[0]) if bad else ""
     if not words:
-        orphans = view.rows("select group_id, idx from samples where group_id not in (select group_id from groups)")
+        orphans = view.rows(
+            "select group_id, idx from samples where group_id not in (select group_id from groups)"
+        )
         words = "sample {1} belongs to group {0}, which does not exist".format(*orphans[0]) if orphans else ""
     return Finding(view.one("select count(*) from samples"), expected, words)
 
@@ -75,7 +81,7 @@ def _samples(view: View) -> Finding:
 def _sample_states(view: View) -> Finding:
     return view.counted(
         "select count(*) from samples",
-        "select s.group_id, s.idx, s.state, g.state from samples s join groups g using (group_id)"  # noqa: S608
+        "select s.group_id, s.idx, s.state, g.state from samples s join groups g using (group_id)"
         f" where not ({SOUND_SAMPLE}) order by 1, 2",
         "group {0} sample {1} is {2}, its group is {3}",
     )
@@ -84,9 +90,10 @@ def _sample_states(view: View) -> Finding:
 def _scores(view: View) -> Finding:
     return view.counted(
         "select count(*) from samples",
-        "select s.group_id, s.idx, s.status, coalesce(s.reward, 'none'), s.score_body from samples s"  # noqa: S608
+        "select s.group_id, s.idx, s.status, coalesce(s.reward, 'none'), s.score_body from samples s"
         f" join groups g using (group_id) left join bodies b on b.body = s.score_body"
-        f" where (s.score_body <> 0 and (b.kind is not 'score' or b.group_id <> s.group_id or b.idx <> s.idx))"
+        f" where (s.score_body <> 0 and (b.kind is not 'score' or b.group_id <> s.group_id or b.idx <>"
+        f" s.idx))"
         f" or ({FINISHED} and (s.score_body = 0 or s.status not in ('completed', 'truncated')))"
         f" or (s.score_body <> 0) <> (s.reward is not null) order by 1, 2",
         "group {0} sample {1}: status {2}, reward {3} and score body {4} do not go together",
@@ -121,7 +128,7 @@ def _bounds(view: View) -> Finding:
     seen: dict[tuple[int, int], list[int]] = {}
     for row in view.segments:
         if not row.dropped:
-            seen.setdefault((row.group_id, row.index), []).extend(span.version for span in row.spans or [])
+            seen.setdefault((row.group_id, row.idx), []).extend(span.version for span in row.spans or [])
     rows = view.rows("select group_id, idx, oldest, newest from samples order by 1, 2")
     broken = [
         f"group {group} sample {index}: its row says versions {oldest} to {newest}, its spans {low} to {high}"
@@ -139,8 +146,10 @@ def _extremes(values: list[int] | None) -> tuple[int | None, int | None]:
 def _prompts(view: View) -> Finding:
     return view.counted(
         "select count(*) from groups",
-        "select g.group_id, g.prompt_body, g.prompt_tokens from groups g left join bodies b on b.body = g.prompt_body"
-        " where b.kind is not 'prompt' or b.group_id <> g.group_id or b.idx <> -1 or b.num_tokens <> g.prompt_tokens"
+        "select g.group_id, g.prompt_body, g.prompt_tokens from groups g left join bodies b on b.body ="
+        " g.prompt_body"
+        " where b.kind is not 'prompt' or b.group_id <> g.group_id or b.idx <> -1 or b.num_tokens <>"
+        " g.prompt_tokens"
         " or b.fence <> 0 or b.dropped order by 1",
         "group {0}: body {1} is not its prompt of {2} tokens",
     )

@@ -56,7 +56,9 @@ def _group(db: sqlite3.Connection, run_dir: Path, group: int, sample: int | None
         raise DataError(f"{run_dir}: there is no group {group}; {count} were issued, numbered from 0")
     row = dict(zip((column[0] for column in cursor.description), values, strict=True))
     if sample is not None and not 0 <= sample < row["num_samples"]:
-        raise DataError(f"{run_dir}: group {group} has no sample {sample}; it has {row['num_samples']}, from 0")
+        raise DataError(
+            f"{run_dir}: group {group} has no sample {sample}; it has {row['num_samples']}, from 0"
+        )
     return row
 
 
@@ -77,7 +79,11 @@ def _leased(db: sqlite3.Connection, group: int, sample: int | None) -> list[_Eve
         numbers = [int(index) for index in str(indices).split(",") if index.isdecimal()]
         if sample is not None and sample not in numbers:
             continue
-        who = "all samples" if sample is None and len(numbers) > 1 else f"sample {sample if sample is not None else indices}"
+        who = (
+            "all samples"
+            if sample is None and len(numbers) > 1
+            else f"sample {sample if sample is not None else indices}"
+        )
         under = f" under version {version} or newer" if kind == "generate" else ""
         events.append(_Event(granted, 1, fence, f"lease {fence}: {who} to {worker} to {kind}{under}"))
         at = granted if ended is None else ended
@@ -104,14 +110,18 @@ def _handed_in(db: sqlite3.Connection, group: int, sample: int | None, fence: in
 
 
 def _score(db: sqlite3.Connection, group: int, index: int, worker: str) -> str:
-    row = db.execute("select reward, removed from samples where group_id = ? and idx = ?", (group, index)).fetchone()
+    row = db.execute(
+        "select reward, removed from samples where group_id = ? and idx = ?", (group, index)
+    ).fetchone()
     reward, removed = row or (None, 0)
     return f"sample {index}: reward {reward} from {worker}{', kept out of the loss' if removed else ''}"
 
 
 def _versions(spans: str) -> str:
     try:
-        return ", ".join(f"v{v}.{i} ({n})" for v, i, n in msgspec.json.decode(spans, type=list[tuple[int, int, int]]))
+        return ", ".join(
+            f"v{v}.{i} ({n})" for v, i, n in msgspec.json.decode(spans, type=list[tuple[int, int, int]])
+        )
     except msgspec.DecodeError:
         return "unreadable spans"
 
@@ -121,7 +131,9 @@ def _trained(db: sqlite3.Connection, row: dict[str, Any]) -> list[_Event]:
     if batch < 0:
         return []
     events = [
-        _Event(at, 4, 0, f"recorded in batch {batch} at position {position} (it was due by batch {row['due']})")
+        _Event(
+            at, 4, 0, f"recorded in batch {batch} at position {position} (it was due by batch {row['due']})"
+        )
         for at, position in db.execute(
             "select b.cut_at, p.position from batches b join batch_groups p using (batch)"
             " where b.batch = ? and p.group_id = ?",
@@ -129,7 +141,12 @@ def _trained(db: sqlite3.Connection, row: dict[str, Any]) -> list[_Event]:
         )
     ]
     return events + [
-        _Event(ended, 5, incarnation, f"trained in batch {batch} by incarnation {incarnation}, weights {digest[:12]}")
+        _Event(
+            ended,
+            5,
+            incarnation,
+            f"trained in batch {batch} by incarnation {incarnation}, weights {digest[:12]}",
+        )
         for incarnation, ended, digest in db.execute(
             "select incarnation, ended, digest from trained where batch = ?", (batch,)
         )

@@ -15,7 +15,10 @@ COUNTS = {
         "every segment received has its row",
         "select count(*) from bodies where kind = 'segment'",
     ),
-    "received.scores": ("every score received has its row", "select count(*) from bodies where kind = 'score'"),
+    "received.scores": (
+        "every score received has its row",
+        "select count(*) from bodies where kind = 'score'",
+    ),
     "received.tokens": (
         "every token received is in a segment",
         "select sum(num_tokens) from bodies where kind = 'segment'",
@@ -64,7 +67,9 @@ def _conserved(unit: str, view: View) -> Finding:
     parts["in flight"] = int(by_reason.get(None) or 0)
     right = sum(parts.values())
     sides = f"{came} = " + " + ".join(f"{number} {name}" for name, number in parts.items())
-    broken = "" if came == right else f"{abs(came - right)} {unit} are {'missing' if came > right else 'too many'}"
+    broken = (
+        "" if came == right else f"{abs(came - right)} {unit} are {'missing' if came > right else 'too many'}"
+    )
     return Finding(came, right, broken, sides=sides)
 
 

@@ -1,4 +1,4 @@
-"""Equations over batches, trainings, versions and staleness: what was trained, once, in order, and how old."""
+"""Equations over batches, trainings, versions and staleness: what was trained, in order, and how old."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ NO_PLAN = "there is no readable plan.json"
 def _positions(view: View) -> Finding:
     """batch_groups of a batch are 0..n-1, and n is the batch's count."""
     bad = view.rows(
-        "select b.batch, b.num_groups, count(p.position) from batches b left join batch_groups p using (batch)"
+        "select b.batch, b.num_groups, count(p.position) from batches b left join batch_groups p using"
+        " (batch)"
         " group by 1 having count(p.position) <> b.num_groups or min(p.position) <> 0"
         " or max(p.position) <> b.num_groups - 1 order by 1"
     )
     words = "batch {0} has {2} groups at positions from 0, the row says {1}".format(*bad[0]) if bad else ""
     if not words:
-        stray = view.rows("select batch, group_id from batch_groups where batch not in (select batch from batches)")
+        stray = view.rows(
+            "select batch, group_id from batch_groups where batch not in (select batch from batches)"
+        )
         words = "group {1} is in batch {0}, which is not recorded".format(*stray[0]) if stray else ""
     groups = view.one("select sum(num_groups) from batches")
     return Finding(groups, view.one("select count(*) from batch_groups"), words)
@@ -33,17 +36,22 @@ def _positions(view: View) -> Finding:
 
 def _members(view: View) -> Finding:
     """groups.batch agrees with batch_groups, and no group is in two batches."""
-    twice = view.rows(
-        "select group_id, count(*) from batch_groups group by 1 having count(*) > 1 order by 1"
-    )
-    bad = view.rows(
-        "select g.group_id, g.batch, coalesce(p.batch, 'none') from groups g left join batch_groups p using (group_id)"
-        " where (g.batch >= 0 and p.batch is not g.batch) or (g.batch < 0 and p.batch is not null) order by 1"
-    )
-    words = "group {0}: its row says batch {1}, batch_groups {2}".format(*bad[0]) if bad else ""
-    words = "group {0} is in {1} batches".format(*twice[0]) if twice else words
-    listed = view.one("select count(*) from batch_groups")
-    return Finding(view.one("select count(*) from groups where batch >= 0"), listed, words)
+    listed: dict[int, list[int]] = {}
+    for batch, group in view.rows("select batch, group_id from batch_groups order by batch, position"):
+        listed.setdefault(group, []).append(batch)
+    rows = view.rows("select group_id, batch from groups order by 1")
+    wrong = [
+        f"group {group}: its row says batch {batch}, batch_groups {listed.get(group, [])}"
+        for group, batch in rows
+        if listed.get(group, []) != ([batch] if batch >= 0 else [])
+    ]
+    known = {group for group, _ in rows}
+    wrong += [
+        f"batch {listed[group][0]} lists group {group}, which does not exist"
+        for group in listed.keys() - known
+    ]
+    count = view.one("select count(*) from groups where batch >= 0")
+    return Finding(count, sum(map(len, listed.values())), wrong[0] if wrong else "")
 
 
 def _sizes(view: View) -> Finding:
@@ -51,7 +59,8 @@ def _sizes(view: View) -> Finding:
         "select count(*) from batches",
         "select b.batch, b.num_samples, b.num_tokens, count(s.idx), coalesce(sum(s.tokens), 0) from batches b"
         " left join groups g using (batch) left join samples s using (group_id)"
-        " group by 1 having b.num_samples <> count(s.idx) or b.num_tokens <> coalesce(sum(s.tokens), 0) order by 1",
+        " group by 1 having b.num_samples <> count(s.idx) or b.num_tokens <> coalesce(sum(s.tokens), 0)"
+        " order by 1",
         "batch {0}: its groups have {3} samples and {4} tokens, the row says {1} and {2}",
     )
 
@@ -69,7 +78,8 @@ def _digests(view: View) -> Finding:
 def _order(view: View) -> Finding:
     """Batches are cut one after the other, of groups issued before, and settled after."""
     rows = view.rows(
-        "select b.batch, b.seq, max(g.issued_seq), min(case when g.reason is null then b.seq + 1 else g.settled_seq end)"
+        "select b.batch, b.seq, max(g.issued_seq), min(case when g.reason is null then b.seq + 1 else"
+        " g.settled_seq end)"
         " from batches b join groups g using (batch) group by 1 order by 1"
     )
     words = [
@@ -90,9 +100,12 @@ def _trained(view: View) -> Finding:
     return view.counted(
         "select count(*) from trained",
         "select t.batch, t.incarnation, t.tokens from trained t left join batches b using (batch)"
-        " left join incarnations i using (incarnation) where not ((b.batch is not null and i.incarnation is not null"
-        " and t.tokens between 0 and b.num_tokens and t.started <= t.ended and t.digest <> '') is true) order by 1, 2",
-        "training of batch {0} in incarnation {1} ({2} tokens): no such batch or incarnation, or impossible numbers",
+        " left join incarnations i using (incarnation) where not ((b.batch is not null and i.incarnation is"
+        " not null"
+        " and t.tokens between 0 and b.num_tokens and t.started <= t.ended and t.digest <> '') is true)"
+        " order by 1, 2",
+        "training of batch {0} in incarnation {1} ({2} tokens): no such batch or incarnation, or impossible"
+        " numbers",
     )
 
 
@@ -107,7 +120,7 @@ def _steps(view: View) -> Finding:
         " select 'checkpoint of rollout step ' || rollout_step, step, rollout_step from checkpoints"
     )
     bad = [(what, step, count * each) for what, step, count in rows if step != count * each]
-    words = "{0} is at optimizer step {1}, not {2}".format(*bad[0]) if bad else ""
+    words = "{} is at optimizer step {}, not {}".format(*bad[0]) if bad else ""
     return Finding(len(rows), len(rows) - len(bad), words)
 
 
@@ -122,9 +135,13 @@ def _lives(view: View) -> Finding:
         expected = list(range(first, first + len(batches)))
         if batches != expected:
             wrong = next(b for b, e in zip(batches, expected, strict=True) if b != e)
-            broken.append(f"incarnation {incarnation} starts at batch {first} and trained batch {wrong} out of turn")
+            broken.append(
+                f"incarnation {incarnation} starts at batch {first} and trained batch {wrong} out of turn"
+            )
         elif not _starts_at_checkpoint(view, incarnation, first, path):
-            broken.append(f"incarnation {incarnation} starts at rollout step {first}, where no checkpoint {path!r} is")
+            broken.append(
+                f"incarnation {incarnation} starts at rollout step {first}, where no checkpoint {path!r} is"
+            )
     return Finding(len(lives), len(lives) - len(broken), broken[0] if broken else "")
 
 
@@ -138,7 +155,9 @@ def _starts_at_checkpoint(view: View, incarnation: int, first: int, path: str) -
 def _lineage(view: View) -> Finding:
     """The surviving weights hold batches 0..n-1, each once, and exactly their groups are trained."""
     batches = [row.batch for row in view.lineage]
-    settled = [row[0] for row in view.rows("select distinct batch from groups where reason = 'trained' order by 1")]
+    settled = [
+        row[0] for row in view.rows("select distinct batch from groups where reason = 'trained' order by 1")
+    ]
     words = ""
     if batches != list(range(len(batches))):
         found = Counter(batches)
@@ -146,7 +165,8 @@ def _lineage(view: View) -> Finding:
         words = f"the surviving weights hold batch {wrong} {found[wrong]} times"
     elif batches != settled:
         wrong = min(set(batches) ^ set(settled))
-        words = f"batch {wrong} is {'trained, but its groups are not' if wrong in batches else 'settled untrained'}"
+        how = "trained, but its groups are not" if wrong in batches else "settled as trained, but was not"
+        words = f"batch {wrong} is {how}"
     return Finding(len(batches), len(settled), words)
 
 
@@ -162,7 +182,8 @@ def _versions(view: View) -> Finding:
             broken.append(f"version {version}.{incarnation}: its row and its manifest differ")
         elif version and expected != digest:
             broken.append(
-                f"version {version}.{incarnation} has digest {digest}, the weights after batch {version - 1} had "
+                f"version {version}.{incarnation} has digest {digest}, the weights after batch {version - 1}"
+                f" had "
                 f"{expected or 'none: it was not trained'}"
             )
     return Finding(len(rows), len(rows) - len(broken), broken[0] if broken else "")
@@ -191,8 +212,8 @@ def _named_versions(view: View) -> Finding:
 def _published(view: View) -> Finding:
     """Every version due, up to the newest, was published.
 
-    A push is written beside the next step, so a trainer may die with one on its way; its next life then starts
-    at a checkpoint less than two pushes later, and what was on its way is never published.
+    A push is written beside the next step, so a trainer may die with one on its way; its next life then
+    starts at a checkpoint less than two pushes later, and what was on its way is never published.
     """
     if view.plan is None:
         return Finding(0, 0, skipped=NO_PLAN)
@@ -212,7 +233,8 @@ def _published(view: View) -> Finding:
 def _checkpoints(view: View) -> Finding:
     return view.counted(
         "select count(*) from checkpoints",
-        "select c.rollout_step, c.incarnation from checkpoints c where not exists (select 1 from incarnations i"
+        "select c.rollout_step, c.incarnation from checkpoints c where not exists (select 1 from"
+        " incarnations i"
         " where i.incarnation = c.incarnation) or (c.rollout_step > 0 and not exists (select 1 from trained t"
         " where t.batch = c.rollout_step - 1 and t.incarnation <= c.incarnation)) order by 1, 2",
         "checkpoint of rollout step {0} by incarnation {1}: no such training",
@@ -225,7 +247,9 @@ def _checkpoints(view: View) -> Finding:
 def _late(view: View) -> Finding:
     """No token is older than max_staleness rollout steps when it is trained."""
     if view.plan is None or view.plan.topology.rollout.on_straggler == "train":
-        return Finding(0, 0, skipped=NO_PLAN if view.plan is None else 'on_straggler = "train" lets stragglers through')
+        return Finding(
+            0, 0, skipped=NO_PLAN if view.plan is None else 'on_straggler = "train" lets stragglers through'
+        )
     return view.counted(
         "select count(*) from samples s join groups g using (group_id) where g.batch >= 0",
         "select s.group_id, s.idx, s.oldest, g.batch from samples s join groups g using (group_id)"
@@ -243,7 +267,8 @@ def _due(view: View) -> Finding:
     return view.counted(
         "select count(*) from groups",
         "select group_id, version, due, batch from groups where not (case when lane = 'eval' or version < 0"
-        " then due = -1 and batch < 0 else due = version + ? and issued_seq >= 0 and (batch <= due or ?) end is true)"
+        " then due = -1 and batch < 0 else due = version + ? and issued_seq >= 0 and (batch <= due or ?) end"
+        " is true)"
         " order by 1",
         "group {0}, issued under version {1}, is due in batch {2} and is in batch {3}",
         rollout.max_staleness,
@@ -268,13 +293,16 @@ def _issue_version(view: View) -> Finding:
 def _feasible(view: View) -> Finding:
     """After every cut, what was outstanding could still be trained by the batch it was due in."""
     if view.plan is None or view.plan.topology.rollout.on_straggler == "train":
-        return Finding(0, 0, skipped=NO_PLAN if view.plan is None else 'on_straggler = "train" does not promise it')
+        return Finding(
+            0, 0, skipped=NO_PLAN if view.plan is None else 'on_straggler = "train" does not promise it'
+        )
     size = view.plan.topology.rollout.rollout_batch_size
     cuts = view.rows("select seq, batch from batches order by batch")
     came = deque(view.rows("select issued_seq, due from groups where due >= 0 order by 1"))
     went = deque(
         view.rows(
-            "select settled_seq, due from groups where due >= 0 and reason is not null and batch < 0 order by 1"
+            "select settled_seq, due from groups where due >= 0 and reason is not null and batch < 0 order"
+            " by 1"
         )
     )
     taken: dict[int, list[int]] = {}
@@ -290,25 +318,33 @@ def _feasible(view: View) -> Finding:
         dues.subtract(taken.get(batch, []))
         late = first_overdue(+dues, batch + 1, size)
         if late is not None:
-            broken.append(f"after batch {batch} more groups were due by batch {late} than it and those before hold")
+            broken.append(
+                f"after batch {batch} more groups were due by batch {late} than it and those before hold"
+            )
     return Finding(len(cuts), len(cuts) - len(broken), broken[0] if broken else "")
 
 
 def _evaluations(view: View) -> Finding:
     """An evaluation is done when all of its groups are settled; every group of the lane belongs to one."""
     bad = view.rows(
-        "select e.version, e.incarnation from evaluations e where (e.done_at is null) <> (exists (select 1 from groups g"
-        " where g.lane = 'eval' and g.version = e.version and g.incarnation = e.incarnation and g.reason is null))"
+        "select e.version, e.incarnation from evaluations e where (e.done_at is null) <> (exists (select 1"
+        " from groups g"
+        " where g.lane = 'eval' and g.version = e.version and g.incarnation = e.incarnation and g.reason is"
+        " null))"
         " and (e.done_at is not null or exists (select 1 from groups g where g.lane = 'eval'"
         " and g.version = e.version and g.incarnation = e.incarnation)) or (e.seen and e.done_at is null)"
     )
-    words = "evaluation of version {0}.{1}: done or seen does not agree with its groups".format(*bad[0]) if bad else ""
+    words = (
+        "evaluation of version {}.{}: done or seen does not agree with its groups".format(*bad[0])
+        if bad
+        else ""
+    )
     stray = view.rows(
         "select g.group_id, g.version, g.incarnation from groups g left join evaluations e"
         " using (version, incarnation) where g.lane = 'eval' and e.version is null order by 1"
     )
     if stray and not words:
-        words = "group {0} belongs to an evaluation of version {1}.{2}, which was not started".format(*stray[0])
+        words = "group {} belongs to an evaluation of version {}.{}, which was not started".format(*stray[0])
     count = view.one("select count(*) from groups where lane = 'eval'")
     return Finding(count, count - len(stray), words)
 
@@ -324,7 +360,9 @@ CHECKS = (
     Check("trained.recorded", "every training is of a recorded batch", _trained),
     Check("trained.steps", "optimizer steps are num_steps_per_rollout for every batch", _steps),
     Check("trained.lives", "each life of the trainer trains without a gap from its checkpoint", _lives),
-    Check("trained.lineage", "the surviving weights hold every batch once, and its groups are trained", _lineage),
+    Check(
+        "trained.lineage", "the surviving weights hold every batch once, and its groups are trained", _lineage
+    ),
     Check("versions.digest", "a version is the weights after the batch before it", _versions),
     Check("versions.published", "every version that was due, up to the newest, was published", _published),
     Check("versions.known", "every version that is named was published", _named_versions),

@@ -47,7 +47,7 @@ class SpanRow(NamedTuple):
 
     body: int
     group_id: int
-    index: int
+    idx: int
     num_tokens: int
     dropped: int
     spans: list[Span] | None
@@ -55,7 +55,7 @@ class SpanRow(NamedTuple):
     @property
     def where(self) -> str:
         """The segment in words."""
-        return f"group {self.group_id} sample {self.index}, body {self.body}"
+        return f"group {self.group_id} sample {self.idx}, body {self.body}"
 
 
 @dataclass
@@ -92,9 +92,10 @@ class View:
     def segments(self) -> list[SpanRow]:
         """Every segment with its spans."""
         rows = self.rows(
-            "select body, group_id, idx, num_tokens, dropped, spans from bodies where kind = 'segment' order by body"
+            "select body, group_id, idx, num_tokens, dropped, spans from bodies where kind = 'segment' order"
+            " by body"
         )
-        return [SpanRow(*row[:5], _spans(row[5])) for row in rows]
+        return [SpanRow._make((*row[:5], _spans(row[5]))) for row in rows]
 
     @cached_property
     def lineage(self) -> list[TrainedRow]:

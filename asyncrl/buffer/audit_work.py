@@ -1,5 +1,6 @@
-"""Equations over leases and members: whoever handed something in had the right to, and nobody holds too much."""
+"""Equations over leases and members: whoever handed something in had the right to."""
 
+# ruff: noqa: S608 -- queries are put together from words of this package only
 from __future__ import annotations
 
 from asyncrl.buffer.audit_rows import ordinals
@@ -12,9 +13,12 @@ def _results(view: View) -> Finding:
     """The fence of every segment and score names a lease on that sample, given to that worker."""
     return view.counted(
         "select count(*) from bodies where kind <> 'prompt'",
-        "select b.body, b.kind, b.group_id, b.idx, b.fence, b.worker from bodies b left join leases l using (fence)"
-        " where b.kind <> 'prompt' and not ((l.kind = case b.kind when 'segment' then 'generate' else 'score' end"
-        f" and l.group_id = b.group_id and l.worker = b.worker and {HAS_INDEX.format('b.idx')}) is true) order by 1",
+        "select b.body, b.kind, b.group_id, b.idx, b.fence, b.worker from bodies b left join leases l using"
+        " (fence)"
+        " where b.kind <> 'prompt' and not ((l.kind = case b.kind when 'segment' then 'generate' else"
+        " 'score' end"
+        f" and l.group_id = b.group_id and l.worker = b.worker and {HAS_INDEX.format('b.idx')}) is true)"
+        f" order by 1",
         "body {0} ({1} of group {2} sample {3}): lease {4} did not give that sample to {5}",
     )
 
@@ -25,7 +29,8 @@ def _workers(view: View) -> Finding:
         "select count(*) from samples",
         "select s.group_id, s.idx, s.worker, coalesce(b.worker, '') from samples s left join"
         " (select group_id, idx, max(body) newest, worker from bodies where kind = 'segment' group by 1, 2) b"
-        " on b.group_id = s.group_id and b.idx = s.idx where s.worker <> coalesce(b.worker, '') order by 1, 2",
+        " on b.group_id = s.group_id and b.idx = s.idx where s.worker <> coalesce(b.worker, '') order by 1,"
+        " 2",
         "group {0} sample {1}: its row names {2!r}, its newest segment is by {3!r}",
     )
 
@@ -37,7 +42,8 @@ def _sample_leases(view: View) -> Finding:
         "select s.group_id, s.idx, s.state, s.fence from samples s left join leases l on l.fence = s.fence"
         f" where (s.fence <> 0 and not ((l.group_id = s.group_id and {HAS_INDEX.format('s.idx')}) is true))"
         " or (s.state in ('generating', 'scoring') and not ((l.ended_at is null"
-        " and l.kind = case s.state when 'generating' then 'generate' else 'score' end) is true)) order by 1, 2",
+        " and l.kind = case s.state when 'generating' then 'generate' else 'score' end) is true)) order by"
+        " 1, 2",
         "group {0} sample {1} is {2} under lease {3}, which is not an open lease on it",
     )
 
@@ -46,9 +52,11 @@ def _leases(view: View) -> Finding:
     """A lease is on a group that exists, under its version, to somebody who was a member."""
     return view.counted(
         "select count(*) from leases",
-        "select l.fence, l.kind, l.worker, l.group_id, l.version from leases l left join groups g using (group_id)"
+        "select l.fence, l.kind, l.worker, l.group_id, l.version from leases l left join groups g using"
+        " (group_id)"
         " left join members m on m.name = l.worker and m.incarnation = l.incarnation"
-        " where not ((g.version = l.version and m.name is not null and l.kind in ('generate', 'score', 'filter')"
+        " where not ((g.version = l.version and m.name is not null and l.kind in ('generate', 'score',"
+        " 'filter')"
         " and (l.ended_at is null) = (l.outcome is null)) is true) order by 1",
         "lease {0} ({1}) to {2} on group {3} under version {4}: no such member, group or version of it",
     )
@@ -59,7 +67,8 @@ def _open_leases(view: View) -> Finding:
     return view.counted(
         "select count(*) from leases",
         "select l.fence, l.kind, l.worker, l.group_id from leases l left join members m on m.name = l.worker"
-        " and m.incarnation = l.incarnation and m.left_at is null left join groups g on g.group_id = l.group_id"
+        " and m.incarnation = l.incarnation and m.left_at is null left join groups g on g.group_id ="
+        " l.group_id"
         " and g.reason is null and g.batch < 0"
         " where l.ended_at is null and (m.name is null or g.group_id is null) order by 1",
         "lease {0} ({1}) to {2} on group {3} is open, but its worker has left or its group is done",
@@ -80,7 +89,8 @@ def _swaps(view: View) -> Finding:
     """Whoever loaded a version was a member, and the version exists."""
     return view.counted(
         "select count(*) from swaps",
-        "select w.name, w.version, w.incarnation from swaps w left join versions v using (version, incarnation)"
+        "select w.name, w.version, w.incarnation from swaps w left join versions v using (version,"
+        " incarnation)"
         " where v.version is null or w.name not in (select name from members)",
         "{0} loaded version {1}.{2}: no such member or version",
     )
@@ -91,7 +101,7 @@ def _at_the_end(view: View) -> Finding:
     if not view.finished:
         return Finding(0, 0, skipped="the run has not finished")
     rows = view.rows("select group_id, state from groups where reason is null order by 1")
-    return Finding(len(rows), 0, "group {0} is still {1}".format(*rows[0]) if rows else "")
+    return Finding(len(rows), 0, "group {} is still {}".format(*rows[0]) if rows else "")
 
 
 CHECKS = (
@@ -99,7 +109,9 @@ CHECKS = (
     Check("leases.grant", "every lease was given to a member, on a group, under its version", _leases),
     Check("leases.open", "an open lease has its worker here and its group in flight", _open_leases),
     Check("leases.results", "every segment and score came under a lease on that sample", _results),
-    Check("leases.samples", "a sample's newest lease is one on it, open while it is worked on", _sample_leases),
+    Check(
+        "leases.samples", "a sample's newest lease is one on it, open while it is worked on", _sample_leases
+    ),
     Check("leases.filters", "a group's filter lease is one on it", _filters),
     Check("samples.worker", "a sample names whoever handed in its newest tokens", _workers),
     Check("swaps.known", "versions were loaded by members, and exist", _swaps),

@@ -10,9 +10,11 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+from asyncrl.buffer.segments import Location
 from asyncrl.buffer.states import Outgoing
-from asyncrl.buffer.store import Store, batch_parts, evaluation_parts
-from asyncrl.messages.control import BatchPart, Evaluated, GroupParts, Message
+from asyncrl.buffer.store import RecordedGroup, Store, batch_groups, evaluation_groups
+from asyncrl.messages.control import BatchPart, Evaluated, Message
+from asyncrl.messages.parts import GroupParts
 
 MAX_FRAMES = 4096
 """Frames of one piece; well below the link's limit."""
@@ -26,7 +28,7 @@ class Piece:
 
     peer: bytes
     message: Message
-    bodies: list[int]
+    places: list[Location]
     num_bytes: int
     windowed: bool
 
@@ -68,8 +70,8 @@ class Courier:
         row = self._store.db.execute(
             "select digest from trained where batch = ? order by incarnation desc limit 1", (batch,)
         ).fetchone()
-        pieces = self._split(batch_parts(self._store.db, batch))
-        for part, (groups, bodies, num_bytes) in enumerate(pieces):
+        pieces = self._split(batch_groups(self._store.db, batch))
+        for part, (groups, places, num_bytes) in enumerate(pieces):
             message = BatchPart(
                 batch=batch,
                 part=part,
@@ -78,16 +80,16 @@ class Courier:
                 num_bytes=num_bytes,
                 recorded_digest=row[0] if row else "",
             )
-            self._pieces.append(Piece(peer, message, bodies, num_bytes, windowed=True))
+            self._pieces.append(Piece(peer, message, places, num_bytes, windowed=True))
 
     def queue_evaluation(self, peer: bytes, version: int, incarnation: int) -> None:
         """A finished evaluation for the evaluator."""
-        pieces = self._split(evaluation_parts(self._store.db, version, incarnation)) or [([], [], 0)]
-        for part, (groups, bodies, num_bytes) in enumerate(pieces):
+        pieces = self._split(evaluation_groups(self._store.db, version, incarnation)) or [([], [], 0)]
+        for part, (groups, places, num_bytes) in enumerate(pieces):
             message = Evaluated(
                 version=version, incarnation=incarnation, part=part, num_parts=len(pieces), groups=groups
             )
-            self._pieces.append(Piece(peer, message, bodies, num_bytes, windowed=False))
+            self._pieces.append(Piece(peer, message, places, num_bytes, windowed=False))
 
     def take(self) -> list[tuple[Outgoing, list[bytes]]]:
         """What may leave now, with its frames."""
@@ -97,7 +99,7 @@ class Courier:
             if piece.windowed:
                 with self._lock:
                     self._under_way += piece.num_bytes
-            ready.append((Outgoing(piece.peer, piece.message), self._store.read(piece.bodies)))
+            ready.append((Outgoing(piece.peer, piece.message), self._store.read_last(piece.places)))
         return ready
 
     def _fits(self, piece: Piece) -> bool:
@@ -107,18 +109,17 @@ class Courier:
             or self._under_way + piece.num_bytes <= self._window_bytes
         )
 
-    def _split(
-        self, groups: list[tuple[GroupParts, list[int]]]
-    ) -> list[tuple[list[GroupParts], list[int], int]]:
-        pieces: list[tuple[list[GroupParts], list[int], int]] = []
-        for parts, bodies in groups:
-            size = self._store.size_of(bodies)
+    def _split(self, groups: list[RecordedGroup]) -> list[tuple[list[GroupParts], list[Location], int]]:
+        pieces: list[tuple[list[GroupParts], list[Location], int]] = []
+        for group in groups:
+            places = self._store.places(group)
+            size = sum(place.length for place in places)
             if pieces:
-                last_parts, last_bodies, last_size = pieces[-1]
-                if last_size + size <= PIECE_BYTES and len(last_bodies) + len(bodies) <= MAX_FRAMES:
-                    last_parts.append(parts)
-                    last_bodies.extend(bodies)
-                    pieces[-1] = (last_parts, last_bodies, last_size + size)
+                last_parts, last_places, last_size = pieces[-1]
+                if last_size + size <= PIECE_BYTES and len(last_places) + len(places) <= MAX_FRAMES:
+                    last_parts.append(group.parts)
+                    last_places.extend(places)
+                    pieces[-1] = (last_parts, last_places, last_size + size)
                     continue
-            pieces.append(([parts], list(bodies), size))
+            pieces.append(([group.parts], places, size))
         return pieces

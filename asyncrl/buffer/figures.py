@@ -3,6 +3,7 @@
 Pure functions of a read-only connection and the surviving trainings. Times are Unix seconds.
 """
 
+# ruff: noqa: S608 -- queries are put together from words of this module only
 from __future__ import annotations
 
 import bisect
@@ -65,7 +66,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     overlap_steps: int
     """Steps that share is of."""
     staleness_mean: float | None
-    """Rollout steps between the weights that sampled a trained token and those that trained it, over tokens."""
+    """Rollout steps between the weights that sampled a token and those that it trained, mean over tokens."""
     staleness_max: int | None
     mixed_samples: int
     """Samples of the lane train whose tokens are of more than one version."""
@@ -103,7 +104,8 @@ def compute(db: sqlite3.Connection, lineage: Sequence[Training], *, warmup: int)
         ),
         resumed_samples=_one(
             db,
-            "select count(*) from (select 1 from bodies b join groups g using (group_id) where g.lane = 'train'"
+            "select count(*) from (select 1 from bodies b join groups g using (group_id) where g.lane ="
+            " 'train'"
             " and b.kind = 'segment' and b.dropped = 0 group by b.group_id, b.idx"
             " having count(distinct b.fence) > 1)",
         ),
@@ -170,7 +172,8 @@ def _workers(db: sqlite3.Connection) -> dict[str, WorkerFigures]:
     finished = "s.status in ('completed', 'truncated') and g.lane = 'train'"
     groups = dict(
         db.execute(
-            "select worker, count(*) from (select min(s.worker) worker from samples s join groups g using (group_id)"
+            "select worker, count(*) from (select min(s.worker) worker from samples s join groups g using"
+            " (group_id)"
             f" group by group_id having min({finished}) and min(s.worker) = max(s.worker)) group by 1"
         )
     )
@@ -201,7 +204,9 @@ def _members(db: sqlite3.Connection) -> list[MemberFigures]:
 def _wall_s(db: sqlite3.Connection) -> float:
     first, last = db.execute(
         "select (select min(created_at) from groups),"
-        " max(coalesce((select max(ended) from trained), 0), coalesce((select max(settled_at) from groups), 0),"
-        " coalesce((select max(ended_at) from leases), 0), coalesce((select max(published_at) from versions), 0))"
+        " max(coalesce((select max(ended) from trained), 0), coalesce((select max(settled_at) from groups),"
+        " 0),"
+        " coalesce((select max(ended_at) from leases), 0), coalesce((select max(published_at) from"
+        " versions), 0))"
     ).fetchone()
     return max(0.0, last - first) if first is not None else 0.0

@@ -72,7 +72,7 @@ class Ledger:
 
     def issue(self, message: Issue, frames: list[Frame], now: float) -> None:
         """The source handed in prompts; a repeat (another first ordinal than the next free one) is ignored."""
-        if message.first_group != self.book.next_group:
+        if message.first_group != self.book.next_group or self.finished:
             return
         self.book.seq += 1
         for issued, frame in zip(message.prompts, frames, strict=True):
@@ -115,11 +115,11 @@ class Ledger:
         if group is None or sample is None or sample.fence != report.fence:
             self._answer(worker, report, 0, accepted=False, reason="the lease is not valid any more")
             return
-        repeat = sample.state != GENERATING or report.offset + report.num_tokens <= sample.tokens
-        if repeat and (sample.state != GENERATING or report.num_tokens):
+        committed = report.offset + report.num_tokens <= sample.tokens
+        if committed and (sample.state != GENERATING or report.num_tokens):
             self._answer(worker, report, sample.tokens, accepted=True)
             return
-        if report.offset != sample.tokens:
+        if sample.state != GENERATING or report.offset != sample.tokens:
             reason = f"offset {report.offset} is not the committed length {sample.tokens}"
             self._answer(worker, report, sample.tokens, accepted=False, reason=reason)
             return

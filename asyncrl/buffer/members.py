@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from asyncrl.buffer.ledger import TICK_S, Ledger
-from asyncrl.buffer.states import WorkerRecord, parts_of
+from asyncrl.buffer.states import WorkerRecord, parts_of, size_of
 from asyncrl.messages.control import (
     Committed,
     Finish,
@@ -71,7 +71,11 @@ class Members:
                 ledger.book.deliver_evaluation(*evaluation.key)
 
     def _lease_again(self, worker: WorkerRecord) -> None:
-        """What it holds already, once more: the message may have been lost. A known fence is to be ignored."""
+        """What it holds already, once more, for the message may have been lost.
+
+        Its new credit is all the room it has; these leases are charged to it, and whatever it works on beside
+        them is not its own any more. Parts of a fence it knows are to be ignored.
+        """
         ledger = self.ledger
         leases: list[Lease] = []
         bodies: list[int] = []
@@ -82,6 +86,8 @@ class Members:
             parts, ids = parts_of(group, indices, scored=lease.kind is Kind.FILTER)
             leases.append(Lease(fence=fence, kind=lease.kind, parts=parts, version=group.version))
             bodies += ids
+            worker.credit[lease.kind] = worker.credit.get(lease.kind, 0) - len(indices)
+            worker.credit_bytes -= size_of(group, indices, scored=parts.scored)
         if leases:
             ledger.book.send(worker.peer, Leases(leases=leases), bodies)
 
@@ -102,7 +108,6 @@ class Members:
             incarnation=self.incarnation,
             checkpoint=self.checkpoints.get(step, ""),
             published=ledger.versions.published,
-            num_batches=ledger.batches.next_batch,
         )
 
     def _rewind(self, step: int) -> None:

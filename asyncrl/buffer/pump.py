@@ -9,7 +9,7 @@ import heapq
 
 from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.queues import waits_for_group_score
-from asyncrl.buffer.states import READY, SCORED, GroupRecord, SampleRecord, WorkerRecord, parts_of
+from asyncrl.buffer.states import READY, SCORED, GroupRecord, SampleRecord, WorkerRecord, parts_of, size_of
 from asyncrl.messages.control import Finish, Kind, Lease, Leases, Need, NewVersion, Retire
 from asyncrl.messages.sample import Lane, Settled
 
@@ -207,9 +207,7 @@ class Pump:
     ) -> tuple[Lease, list[int]] | None:
         """Lease these samples if the worker's byte window takes them."""
         ledger = self.ledger
-        num_bytes = group.prompt_bytes + sum(group.samples[i].body_bytes for i in indices)
-        if kind is Kind.FILTER:
-            num_bytes += sum(sample.score_bytes for sample in group.samples)
+        num_bytes = size_of(group, indices, scored=kind is Kind.FILTER)
         if not ledger.fleet.fits(worker, num_bytes):
             return None
         parts, bodies = parts_of(group, indices, scored=kind is Kind.FILTER)

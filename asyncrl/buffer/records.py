@@ -6,6 +6,7 @@ moment it was opened. It writes nothing, takes no lock that a writer would wait 
 Invariant: no byte of a body leaves here unless it has the digest its row names.
 """
 
+# ruff: noqa: S608 -- queries are put together from words of this module only
 from __future__ import annotations
 
 import os
@@ -13,7 +14,7 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import msgspec
@@ -137,7 +138,7 @@ class Records:
         self.db = connect(run_dir)
         self._segments = Segments(run_dir / BODIES, writable=False)
 
-    def __enter__(self) -> Records:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -167,7 +168,7 @@ class Records:
     def versions(self) -> list[VersionRow]:
         """Every published version, in order."""
         columns = "version, incarnation, step, digest, num_bytes, published_at"
-        rows = self._rows(f"select {columns} from versions order by version, incarnation")  # noqa: S608 - our names
+        rows = self._rows(f"select {columns} from versions order by version, incarnation")
         return [VersionRow(*row) for row in rows]
 
     def checkpoints(self) -> list[CheckpointRow]:
@@ -195,7 +196,7 @@ class Records:
     def leases(self, *, open_only: bool = False) -> list[LeaseRow]:
         """Leases in the order they were given."""
         which = "where ended_at is null" if open_only else ""
-        return [LeaseRow(*row) for row in self._rows(f"select * from leases {which} order by fence")]  # noqa: S608
+        return [LeaseRow(*row) for row in self._rows(f"select * from leases {which} order by fence")]
 
     def states(self) -> dict[str, dict[str, int]]:
         """Samples by lane and state."""
@@ -243,15 +244,18 @@ class Records:
         if actual != digest:
             where = f"group {group_id}" + (f" sample {index}" if index >= 0 else "")
             raise StorageError(
-                f"{self._segments.path(file)}: body {body_id} ({kind} of {where}, {length} bytes at {offset}) has "
-                f"digest {actual}, recorded was {digest}; the file or the row was altered after it was written"
+                f"{self._segments.path(file)}: body {body_id} ({kind} of {where}, {length} bytes at"
+                f" {offset}) has "
+                f"digest {actual}, recorded was {digest}; the file or the row was altered after it was"
+                f" written"
             )
         return data
 
     def has_bodies(self, batch: int) -> bool:
         """Whether every file that holds a body of this batch is still there."""
         files = self._rows(
-            "select distinct b.file from batch_groups g join bodies b using (group_id) where g.batch = ?", batch
+            "select distinct b.file from batch_groups g join bodies b using (group_id) where g.batch = ?",
+            batch,
         )
         return all(self._segments.path(row[0]).exists() for row in files)
 
@@ -266,7 +270,9 @@ def connect(run_dir: Path) -> sqlite3.Connection:
     """A read-only connection to a run's tables, in one read transaction. Raises DataError, StorageError."""
     path = run_dir / DATABASE
     if not path.is_file():
-        raise DataError(f"{run_dir}: there is no run here (no {DATABASE}); give a run directory, such as runs/NAME")
+        raise DataError(
+            f"{run_dir}: there is no run here (no {DATABASE}); give a run directory, such as runs/NAME"
+        )
     # Without a log there is no writer and nothing to replay: `immutable` then keeps SQLite from making files.
     mode = "mode=ro" if os.path.exists(f"{path}-wal") else "mode=ro&immutable=1"  # noqa: PTH110
     try:

@@ -61,6 +61,7 @@ def restore(ledger: Ledger, members: Members, store: Store) -> None:
 
 def release_all(ledger: Ledger, reason: str, now: float) -> None:
     """Nobody of the former life is left: every lease goes back without counting as a failed attempt."""
+    ledger.book.row("everyone_left", now, reason)
     ledger.release(list(ledger.fleet.leases.values()), reason, now, ours=True)
 
 

@@ -17,6 +17,7 @@ IOV_MAX = 512
 """Buffers handed to one writev; below every kernel's limit."""
 
 
+
 class Location(NamedTuple):
     """Where a body lies."""
 
@@ -115,3 +116,28 @@ class Segments:
                     os.close(descriptor)
         self._readers.clear()
         self._writer = -1
+
+
+class Recent:
+    """The newest bodies, in memory: most are asked for soon after they are written. The oldest leave."""
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._bodies: dict[Location, bytes] = {}
+
+    def keep(self, location: Location, body: bytes) -> None:
+        """A body that has just been written."""
+        self._bodies[location] = body
+        self._num_bytes += location.length
+        while self._num_bytes > self._max_bytes:
+            self.forget(next(iter(self._bodies)))
+
+    def get(self, location: Location) -> bytes | None:
+        """The body, if it is still here."""
+        return self._bodies.get(location)
+
+    def forget(self, location: Location) -> None:
+        """Nobody will ask for this body soon."""
+        if self._bodies.pop(location, None) is not None:
+            self._num_bytes -= location.length

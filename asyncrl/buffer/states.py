@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncrl.messages.control import GroupParts, Kind, Message
+from asyncrl.messages.control import Kind, Message
+from asyncrl.messages.parts import GroupParts
 from asyncrl.messages.sample import Lane, Settled, Status
 
 FRESH = "fresh"
@@ -212,6 +213,12 @@ def parts_of(group: GroupRecord, indices: list[int], *, scored: bool = False) ->
         removed=[sample.index for sample in samples if sample.removed],
     )
     return parts, bodies
+
+
+def size_of(group: GroupRecord, indices: list[int], *, scored: bool) -> int:
+    """Bytes of the frames of `parts_of`."""
+    samples = [group.samples[index] for index in indices]
+    return group.prompt_bytes + sum(s.body_bytes + (s.score_bytes if scored else 0) for s in samples)
 
 
 def group_row(g: GroupRecord) -> tuple[Any, ...]:

@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
 
-from asyncrl.buffer.segments import Location, Segments
+from asyncrl.buffer.segments import Location, Recent, Segments
 from asyncrl.buffer.states import BodyRow, Transaction
 from asyncrl.buffer.tables import SCHEMA, STATEMENTS
 from asyncrl.errors import StorageError
-from asyncrl.messages.control import GroupParts
+from asyncrl.messages.parts import GroupParts
 from asyncrl.messages.sample import Lane, Status
 
 DATABASE = "buffer.db"
 BODIES = "bodies"
+
+RECENT_BYTES = 64 << 20
+"""Bodies that a store keeps in memory beside their files."""
+MANY = 64
+"""Rows of one statement. SQLite steps once for all of them, and the interpreter's lock, which a busy event
+loop gives back late, changes hands once."""
+MANY_STATEMENTS = {
+    name: f"{head} values {','.join([row] * MANY)}"
+    for name in ("group", "sample", "body", "lease", "batch_group")
+    for head, _, row in [STATEMENTS[name].partition(" values ")]
+}
 
 
 class Store:
@@ -37,6 +48,7 @@ class Store:
         """
         self.path = run_dir / DATABASE
         self._locations: dict[int, Location] = {}
+        self._recent = Recent(max_bytes=RECENT_BYTES)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self.segments = Segments(run_dir / BODIES, segment_bytes=segment_bytes)
@@ -72,17 +84,27 @@ class Store:
             ) from error
         for body, location in zip(transaction.bodies, locations, strict=True):
             self._locations[body.id] = location
+            self._recent.keep(location, body.data)
         for body_id in transaction.forget:
             self._locations.pop(body_id, None)
 
     def _write_rows(self, transaction: Transaction, locations: list[Location]) -> None:
-        execute = self._db.executemany
-        execute(STATEMENTS["group"], transaction.groups)
-        execute(STATEMENTS["sample"], transaction.samples)
+        self._execute("group", transaction.groups)
+        self._execute("sample", transaction.samples)
         bodies = zip(transaction.bodies, locations, strict=True)
-        execute(STATEMENTS["body"], (_body_row(body, location) for body, location in bodies))
-        for name, rows in groupby(self._expand(transaction.rows), key=lambda row: row[0]):
-            execute(STATEMENTS[name], (values for _, values in rows))
+        self._execute("body", (_body_row(body, location) for body, location in bodies))
+        for name, rows in groupby(transaction.rows, key=lambda row: row[0]):
+            # Expanded run by run: a batch's digest needs the rows before it to be there.
+            self._execute(name, (values for _, values in self._expand(rows)))
+
+    def _execute(self, name: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """One statement for every row, or for every MANY rows where a statement takes as many."""
+        left = iter(rows)
+        if name in MANY_STATEMENTS:
+            while len(chunk := list(islice(left, MANY))) == MANY:
+                self._db.execute(MANY_STATEMENTS[name], [value for row in chunk for value in row])
+            left = iter(chunk)
+        self._db.executemany(STATEMENTS[name], left)
 
     def _expand(self, rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterable[tuple[str, tuple[Any, ...]]]:
         """A batch's row gets the digest over its bodies, which only the store can see in order."""
@@ -95,7 +117,19 @@ class Store:
 
     def read(self, body_ids: Iterable[int]) -> list[bytes]:
         """Bodies by id, in order. Raises StorageError."""
-        return [self.segments.read(self._location(body_id)) for body_id in body_ids]
+        return [self._read(self._location(body_id)) for body_id in body_ids]
+
+    def read_last(self, places: Iterable[Location]) -> list[bytes]:
+        """Bodies by place, in order; memory lets go of them. Raises StorageError."""
+        bodies = []
+        for place in places:
+            bodies.append(self._read(place))
+            self._recent.forget(place)
+        return bodies
+
+    def _read(self, place: Location) -> bytes:
+        body = self._recent.get(place)
+        return self.segments.read(place) if body is None else body
 
     def _location(self, body_id: int) -> Location:
         location = self._locations.get(body_id)
@@ -108,9 +142,12 @@ class Store:
             location = Location(*row)
         return location
 
-    def size_of(self, body_ids: Iterable[int]) -> int:
-        """Bytes of these bodies."""
-        return sum(self._location(body_id).length for body_id in body_ids)
+    def places(self, group: RecordedGroup) -> list[Location]:
+        """Where a recorded group's bodies lie, in order. Raises StorageError when one has no row."""
+        for body, place in zip(group.bodies, group.places, strict=True):
+            if place is None:
+                raise StorageError(f"{self.path}: there is no body {body}")
+        return [place for place in group.places if place is not None]
 
     def remember(self, body_id: int, location: Location) -> None:
         """The place of a live body, when the ledger is rebuilt."""
@@ -122,65 +159,107 @@ class Store:
         self._db.close()
 
 
+class RecordedGroup(NamedTuple):
+    """A complete (scored) group as the tables have it."""
+
+    parts: GroupParts
+    bodies: list[int]
+    """Ids, in the order of the frames."""
+    digests: list[str]
+    """Of the bodies; "missing" for one without a row."""
+    places: list[Location | None]
+    """Of the bodies; None for one without a row."""
+
+
+def batch_groups(db: sqlite3.Connection, batch: int) -> list[RecordedGroup]:
+    """Every group of a recorded batch, in the recorded order."""
+    return _recorded(db, "select group_id, position as place from batch_groups where batch = ?", (batch,))
+
+
+def evaluation_groups(db: sqlite3.Connection, version: int, incarnation: int) -> list[RecordedGroup]:
+    """Every group an evaluation finished, by ordinal."""
+    chosen = (
+        "select group_id, group_id as place from groups where lane = 'eval' and version = ?"
+        " and incarnation = ? and reason = 'evaluated'"
+    )
+    return _recorded(db, chosen, (version, incarnation))
+
+
 def batch_parts(db: sqlite3.Connection, batch: int) -> list[tuple[GroupParts, list[int]]]:
     """Every group of a recorded batch with the ids of its bodies, in the recorded order."""
-    ids = [row[0] for row in db.execute(
-        "select group_id from batch_groups where batch = ? order by position", (batch,)
-    )]  # fmt: skip
-    return [group_parts(db, group_id) for group_id in ids]
-
-
-def evaluation_parts(
-    db: sqlite3.Connection, version: int, incarnation: int
-) -> list[tuple[GroupParts, list[int]]]:
-    """Every group an evaluation finished, by ordinal."""
-    rows = db.execute(
-        "select group_id from groups where lane = 'eval' and version = ? and incarnation = ?"
-        " and reason = 'evaluated' order by group_id",
-        (version, incarnation),
-    )
-    return [group_parts(db, row[0]) for row in rows.fetchall()]
-
-
-def group_parts(db: sqlite3.Connection, group_id: int) -> tuple[GroupParts, list[int]]:
-    """One complete (scored) group and its bodies' ids."""
-    lane, version, prompt = db.execute(
-        "select lane, version, prompt_body from groups where group_id = ?", (group_id,)
-    ).fetchone()
-    samples = db.execute(
-        "select idx, status, removed, score_body from samples where group_id = ? order by idx", (group_id,)
-    ).fetchall()
-    segments: dict[int, list[int]] = {}
-    for body, idx in db.execute(
-        "select body, idx from bodies where group_id = ? and kind = 'segment' and dropped = 0 order by body",
-        (group_id,),
-    ):
-        segments.setdefault(idx, []).append(body)
-    bodies = [prompt]
-    for idx, _, _, score in samples:
-        bodies += [*segments.get(idx, []), score]
-    parts = GroupParts(
-        group_id=group_id,
-        lane=Lane(lane),
-        issue_version=version,
-        indices=[row[0] for row in samples],
-        statuses=[Status(row[1]) for row in samples],
-        segments=[len(segments.get(row[0], [])) for row in samples],
-        scored=True,
-        removed=[row[0] for row in samples if row[2]],
-    )
-    return parts, bodies
+    return [(group.parts, group.bodies) for group in batch_groups(db, batch)]
 
 
 def batch_digest(db: sqlite3.Connection, batch: int) -> str:
     """xxh3-128 over the digests of every body of a batch, in the order it is delivered."""
     digest = xxhash.xxh3_128()
-    for parts, bodies in batch_parts(db, batch):
-        digest.update(f"{parts.group_id}:{parts.removed}".encode())
-        for body in bodies:
-            row = db.execute("select digest from bodies where body = ?", (body,)).fetchone()
-            digest.update(row[0].encode() if row else b"missing")
+    for group in batch_groups(db, batch):
+        digest.update(f"{group.parts.group_id}:{group.parts.removed}".encode())
+        for body in group.digests:
+            digest.update(body.encode())
     return digest.hexdigest()
+
+
+_GroupRow = tuple[int, int, str, int, int]
+_SampleRow = tuple[int, int, str, int, int]
+_PlacedRow = tuple[int, int, int, str, int, int, int, int, str]
+
+
+def _recorded(db: sqlite3.Connection, chosen: str, values: tuple[int, ...]) -> list[RecordedGroup]:
+    """The groups that `chosen` (group_id, place) selects, by place: three queries, whatever their number."""
+    groups = _rows(db, chosen, values, "groups", "c.place, t.group_id, lane, version, prompt_body", _GroupRow)
+    columns = "t.group_id, idx, status, removed, score_body"
+    samples: dict[int, list[_SampleRow]] = {}
+    for sample in _rows(db, chosen, values, "samples", columns, _SampleRow):
+        samples.setdefault(sample[0], []).append(sample)
+    columns = "body, t.group_id, idx, kind, dropped, file, offset, length, digest"
+    placed: dict[int, _PlacedRow] = {}
+    segments: dict[tuple[int, int], list[int]] = {}
+    for row in _rows(db, chosen, values, "bodies", columns, _PlacedRow):
+        placed[row[0]] = row
+        if row[3] == "segment" and not row[4]:
+            segments.setdefault((row[1], row[2]), []).append(row[0])
+    return [_group(group, samples.get(group[1], []), segments, placed) for group in groups]
+
+
+def _rows(
+    db: sqlite3.Connection, chosen: str, values: tuple[int, ...], table: str, columns: str, kind: Any
+) -> list[Any]:
+    """Rows of a table for the chosen groups, sorted. They come as one JSON value: one step, as with MANY."""
+    sql = (
+        f"with c as ({chosen}) select json_group_array(json_array({columns}))"  # noqa: S608 - our own names
+        f" from c cross join {table} t on t.group_id = c.group_id"
+    )
+    found: str = db.execute(sql, values).fetchone()[0]
+    return sorted(msgspec.json.decode(found, type=list[kind]))
+
+
+def _group(
+    group: _GroupRow,
+    samples: list[_SampleRow],
+    segments: dict[tuple[int, int], list[int]],
+    placed: dict[int, _PlacedRow],
+) -> RecordedGroup:
+    _, group_id, lane, version, prompt = group
+    own = [segments.get((group_id, sample[1]), []) for sample in samples]
+    bodies = [prompt]
+    for sample, ids in zip(samples, own, strict=True):
+        bodies += [*ids, sample[4]]
+    rows = [placed.get(body) for body in bodies]
+    parts = GroupParts(
+        group_id=group_id,
+        lane=Lane(lane),
+        issue_version=version,
+        indices=[sample[1] for sample in samples],
+        statuses=[Status(sample[2]) for sample in samples],
+        segments=[len(ids) for ids in own],
+        scored=True,
+        removed=[sample[1] for sample in samples if sample[3]],
+    )
+    digests = ["missing" if row is None else row[8] for row in rows]
+    return RecordedGroup(
+        parts, bodies, digests, [None if row is None else Location(*row[5:8]) for row in rows]
+    )
 
 
 def _body_row(b: BodyRow, at: Location) -> tuple[Any, ...]:

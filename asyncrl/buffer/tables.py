@@ -87,7 +87,9 @@ STATEMENTS = {
     "evaluation_done": "update evaluations set done_at = ? where version = ? and incarnation = ?",
     "evaluation_seen": "update evaluations set seen = 1 where version = ? and incarnation = ?",
     "evaluation_gone": "update evaluations set seen = -1 where version = ? and incarnation = ?",
-    "member": "insert or replace into members values (?,?,?,?,?,?,null,null)",
+    "member": "insert into members values (?,?,?,?,?,?,null,null)"
+    " on conflict (name, incarnation) do update set left_at = null, reason = null",
+    "everyone_left": "update members set left_at = ?, reason = ? where left_at is null",
     "member_left": "update members set left_at = ?, reason = ? where name = ? and incarnation = ?"
     " and left_at is null",
     "swap": "insert into swaps values (?,?,?,?,?,?,?,?)",

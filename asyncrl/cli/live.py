@@ -42,8 +42,13 @@ def attach(role: str, address: str, *, key: Path | None, name: str | None, overr
         )
         loop = asyncio.get_running_loop()
         leaving: set[asyncio.Task[None]] = set()
+
+        def leave() -> None:
+            actor.state = "draining"
+            leaving.add(loop.create_task(actor.drain()))
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, lambda: leaving.add(loop.create_task(actor.drain())))
+            loop.add_signal_handler(number, leave)
 
     logging = log.configure(
         actor=name or role, run_dir=None, console="pretty" if sys.stderr.isatty() else "plain"
@@ -113,7 +118,8 @@ def _members(members: list[dict[str, Any]]) -> Table:
         version = report.get("version")
         table.add_row(
             f"  {member['name']}", member["role"], _state(member),
-            "" if version is None else str(version), short(report.get("generated_tokens") or 0), f"{waits}{since}",
+            "" if version is None else str(version), short(report.get("generated_tokens") or 0),
+            f"{waits}{since}",
             str(member["pid"] or ""), str(member["restarts"]),
         )  # fmt: skip
     return table
@@ -129,7 +135,7 @@ def keys(path: Path) -> int:
     """Write a key file that lets processes of other hosts join."""
     make_key(path)
     Console(highlight=False).print(
-        f'{path}: made. Set run.key = "{path}" in the topology, copy the file to the other hosts over a safe way, '
+        f'{path}: made. Set run.key = "{path}" in the topology, copy the file to the other hosts safely, '
         f"and attach with --key {path}. Whoever has the file is a member of the run.",
         soft_wrap=True,
     )

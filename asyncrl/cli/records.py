@@ -8,12 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from asyncrl.buffer import audit as auditor
 from asyncrl.buffer.audit_story import story as tell
-from asyncrl.errors import ConfigError, ExitCode
 from asyncrl.buffer.store import BODIES
+from asyncrl.errors import ConfigError, ExitCode
 from asyncrl.run.replay import Comparison, Outcome, Replay, compare
 
 DEEP_BYTES = 1 << 30
@@ -67,12 +66,19 @@ def replay(run: Path, *, overrides: Sequence[str], num_threads: int | None) -> i
             console.print(difference(different), markup=False, highlight=False)
             return ExitCode.FAILED
         if job.counterfactual:
-            console.print(_table(compare(job.recorded_metrics(), outcomes)))
+            console.print(table(compare(job.recorded_metrics(), outcomes)), markup=False)
             equal = sum(outcome.equal for outcome in outcomes)
-            console.print(f"{len(outcomes)} steps with {', '.join(overrides)}; {equal} of them end in the recorded weights")
+            console.print(
+                f"{len(outcomes)} steps with {', '.join(overrides)}; {equal} of them end in the recorded"
+                f" weights"
+            )
         else:
-            console.print(f"all {len(outcomes)} steps end in the recorded weights, to the bit: {outcomes[-1].replayed}")
-        console.print(f"metrics of the replay: {job.directory / 'metrics.jsonl'}", markup=False, highlight=False)
+            console.print(
+                f"all {len(outcomes)} steps end in the recorded weights, to the bit: {outcomes[-1].replayed}"
+            )
+        console.print(
+            f"metrics of the replay: {job.directory / 'metrics.jsonl'}", markup=False, highlight=False
+        )
         return ExitCode.FINISHED
     finally:
         job.close()
@@ -81,8 +87,10 @@ def replay(run: Path, *, overrides: Sequence[str], num_threads: int | None) -> i
 def difference(outcome: Outcome) -> str:
     """The sentence about the first weights that differ."""
     return (
-        f"batch {outcome.batch}: the weights differ from the recorded run. recorded digest {outcome.recorded}, "
-        f"replayed {outcome.replayed}. The batch before it was equal, so a stored token, reward or log-prob of this "
+        f"batch {outcome.batch}: the weights differ from the recorded run. recorded digest"
+        f" {outcome.recorded}, "
+        f"replayed {outcome.replayed}. The batch before it was equal, so a stored token, reward or log-prob"
+        f" of this "
         "batch was altered, or the machine, the build of torch or the number of threads is another one "
         "(trainer.deterministic = true is needed, too)."
     )
@@ -107,14 +115,14 @@ def _train(job: Replay, console: Console) -> list[Outcome]:
     return outcomes
 
 
-def _table(rows: Sequence[Comparison]) -> Table:
-    table = Table(box=None, header_style="dim")
-    table.add_column("metric")
-    for column in ("recorded mean", "replayed mean", "recorded last", "replayed last"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row.name, *(f"{value:.6g}" for value in row[1:]))
-    return table
+def table(rows: Sequence[Comparison]) -> str:
+    """Metrics that differ, a line each, and how many do not."""
+    different = [row for row in rows if row[1::2] != row[2::2]]
+    width = max((len(row.name) for row in different), default=0)
+    heads = ("recorded mean", "replayed mean", "recorded last", "replayed last")
+    lines = [" " * width + "".join(head.rjust(16) for head in heads)]
+    lines += [row.name.ljust(width) + "".join(f"{value:16.6g}" for value in row[1:]) for row in different]
+    return "\n".join([*lines, f"{len(rows) - len(different)} other metrics are the same in both"])
 
 
 def _console() -> Console:

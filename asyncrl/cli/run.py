@@ -13,6 +13,7 @@ from asyncrl.run.preflight import preflight
 from asyncrl.run.rundir import RunDir, free_name
 from asyncrl.run.session import Session, resumable
 from asyncrl.topology.load import load, override
+from asyncrl.topology.paths import absolute
 from asyncrl.topology.plan import Plan, compile_plan
 from asyncrl.topology.words import schedule_in_words, warnings
 
@@ -43,7 +44,7 @@ def _new_run(topology: Path, overrides: list[str], name: str | None) -> tuple[Pl
     names = loaded.run
     chosen = free_name(Path(names.dir), name or names.name)
     loaded = msgspec.structs.replace(loaded, run=msgspec.structs.replace(names, name=chosen))
-    plan = compile_plan(loaded, source=str(topology))
+    plan = compile_plan(absolute(loaded), source=str(topology))
     plan = preflight(plan, Path(names.dir) / chosen)
     run = RunDir.create(names.dir, chosen)
     run.write_plan(plan, source=topology.read_text())
@@ -53,9 +54,23 @@ def _new_run(topology: Path, overrides: list[str], name: str | None) -> tuple[Pl
 def _resumed_plan(run: RunDir, overrides: list[str]) -> Plan:
     plan = run.read_plan()
     if overrides:
-        plan = compile_plan(override(plan.topology, overrides, source=str(run.path)))
+        changed = compile_plan(override(plan.topology, overrides, source=str(run.path)))
+        _check_unchanged(plan, changed)
+        plan = changed
         run.write_plan(plan)
     return preflight(plan, run.path)
+
+
+def _check_unchanged(plan: Plan, changed: Plan) -> None:
+    """What recorded batches were trained with stays as it is: replay and audit read it from the plan."""
+    problems = [
+        f"--set {table}...: a resumed run keeps its [{table}] table, as its records were made with it; "
+        f"start a new run with trainer.hf_checkpoint set to a checkpoint of this one"
+        for table in ("trainer", "algorithm", "rollout", "source")
+        if getattr(plan.topology, table) != getattr(changed.topology, table)
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _live(plan: Plan, run: RunDir, *, in_process: bool, resumed: bool, plain: bool) -> int:

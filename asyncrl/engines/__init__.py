@@ -1,1 +1,1 @@
-"""Engines turn prompts into tokens. `base` is the interface; `embedded`, `scripted` and `sglang` implement it."""
+"""Engines turn prompts into tokens. `base` is the interface, `make` chooses one."""

@@ -25,7 +25,7 @@ class OnNewWeights(StrEnum):
     FINISH = "finish"
     """Nothing new starts until the running requests ended and the weights are swapped."""
     ABORT = "abort"
-    """Running requests end at once with finish reason "abort"; their tokens are kept and resumed elsewhere."""
+    """Running requests end at once with finish reason "abort"; their tokens are resumed elsewhere."""
     RECOMPUTE = "recompute"
     """Swap, then rebuild the KV cache of running requests under the new weights (Miles: retract)."""
     KEEP = "keep"
@@ -90,7 +90,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a swap of weights did."""
 
     pause_s: float
-    """From the last token under the old version to the first moment a token under the new one may be sampled."""
+    """From the last token under the old version to the moment one under the new may be sampled."""
     aborted: int
     """Requests that ended with "abort" (mode abort only)."""
     recomputed_tokens: int

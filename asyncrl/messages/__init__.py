@@ -1,1 +1,1 @@
-"""What crosses a process boundary: the nouns (`sample`), the conversation (`control`), the bytes (`codec`)."""
+"""What crosses a process boundary: nouns (`sample`), conversation (`control`), bytes (`codec`)."""

@@ -1,8 +1,8 @@
 """The conversations: every message that may cross a link, grouped by who says it to whom.
 
 On the *desk* link every actor talks to the buffer: credit, leases, results, batches, versions. The *control*
-link, on which every actor talks to the supervisor, is `supervision`. Bodies (encoded `Prompt`, `Segment`, `Score`) travel as frames
-beside a message; `GroupParts` says which frame is what.
+link, on which every actor talks to the supervisor, is `supervision`. Bodies (encoded `Prompt`, `Segment`,
+`Score`) travel as frames beside a message; `GroupParts` says which frame is what.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
+from asyncrl.messages.parts import GroupParts
 from asyncrl.messages.sample import Lane, Span, Status
 from asyncrl.messages.version import Manifest
 
@@ -29,33 +30,6 @@ class Kind(StrEnum):
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Base of everything that is sent as a header."""
-
-
-class GroupParts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Some samples of one group and how their bodies lie in the frames.
-
-    Frames of one group, in order: the prompt; then for each sample its segments, then its score when
-    `scored` is set.
-    """
-
-    group_id: int
-    lane: Lane = Lane.TRAIN
-    issue_version: int = 0
-    """Version the group's first lease was given for."""
-    indices: list[int]
-    """Positions of the samples in the group."""
-    statuses: list[Status]
-    segments: list[int]
-    """Frames of each sample's response so far."""
-    scored: bool = False
-    """Whether every sample carries a score frame."""
-    removed: list[int] = []
-    """Indices a filter took out of the loss."""
-
-    @property
-    def num_frames(self) -> int:
-        """Frames that belong to this group."""
-        return 1 + sum(self.segments) + (len(self.indices) if self.scored else 0)
 
 
 # Any actor to the buffer, and back.
@@ -101,8 +75,6 @@ class TrainerStart(msgspec.Struct, frozen=True, kw_only=True):
     """Directory of the newest committed checkpoint; empty: start from `hf_checkpoint`."""
     published: Manifest | None = None
     """The newest committed version: nothing is published before it is reached again."""
-    num_batches: int = 0
-    """Batches recorded so far; those from the checkpoint on will be delivered as recorded."""
 
 
 class Refused(Message, frozen=True, kw_only=True):
@@ -352,7 +324,7 @@ class Saved(Message, frozen=True, kw_only=True):
 
 
 class Committed(Message, frozen=True, kw_only=True):
-    """Buffer to trainer: a version ("version"), a checkpoint ("checkpoint") or a batch ("trained") is on disk."""
+    """Buffer to trainer: a "version", a "checkpoint" or a batch ("trained") is on disk."""
 
     what: str
     number: int

@@ -8,11 +8,37 @@ from typing import TypeVar
 import msgspec
 
 from asyncrl.errors import ProtocolError
-from asyncrl.messages.control import GroupParts
-from asyncrl.messages.sample import Prompt, Sample, Score, Segment, assemble
+from asyncrl.messages.sample import Lane, Prompt, Sample, Score, Segment, Status, assemble
 
 Body = Prompt | Segment | Score
 T = TypeVar("T")
+
+
+class GroupParts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Some samples of one group and how their bodies lie in the frames.
+
+    Frames of one group, in order: the prompt; then for each sample its segments, then its score when
+    `scored` is set.
+    """
+
+    group_id: int
+    lane: Lane = Lane.TRAIN
+    issue_version: int = 0
+    """Version the group's first lease was given for."""
+    indices: list[int]
+    """Positions of the samples in the group."""
+    statuses: list[Status]
+    segments: list[int]
+    """Frames of each sample's response so far."""
+    scored: bool = False
+    """Whether every sample carries a score frame."""
+    removed: list[int] = []
+    """Indices a filter took out of the loss."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that belong to this group."""
+        return 1 + sum(self.segments) + (len(self.indices) if self.scored else 0)
 
 
 def encode_body(body: Body) -> bytes:

@@ -23,20 +23,8 @@ class Telemetry(Message, frozen=True, kw_only=True):
     """Actor to supervisor: what people may see. Losing one loses nothing else."""
 
     name: str
-    state: str = ""
-    """One word: starting, working, draining."""
-    waits: dict[str, float] = {}
-    """Seconds spent in each named wait since start."""
-    waiting: dict[str, float] = {}
-    """What is waited for now, and for how long."""
-    wall_s: float = 0.0
-    gauges: dict[str, float] = {}
-    """Metric name to value, the newest."""
-    version: int = -1
-    lines: list[str] = []
-    """Log lines for the console, JSON objects."""
     facts: bytes = b""
-    """JSON object of whatever the role has to show (step reports, evaluations, queue states)."""
+    """JSON list of updates for the view (`obs.view.Update`); the last one is the member's own."""
 
 
 class Exiting(Message, frozen=True, kw_only=True):

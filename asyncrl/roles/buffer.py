@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
@@ -32,6 +33,9 @@ from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
 from asyncrl.obs.view import PhaseUpdate, QueueUpdate
+
+SWITCH_S = 0.0005
+"""Longest wait of one of the buffer's two threads for the other, in its own process."""
 
 
 class BufferRole(Actor):
@@ -64,6 +68,10 @@ class BufferRole(Actor):
 
     async def open(self) -> None:
         options = self.plan.topology.buffer
+        if self.context.hub is None:
+            # The store's thread gives the interpreter's lock up for every call into SQLite, and a busy loop
+            # hands it back only after this long (5 ms by default): commits would crawl under load.
+            sys.setswitchinterval(SWITCH_S)
         self._store = await self.compute(
             lambda: Store(self.context.run_dir, segment_bytes=options.segment_bytes)
         )

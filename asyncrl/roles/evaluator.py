@@ -9,8 +9,8 @@ from typing import Any
 
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor
-from asyncrl.messages.control import Evaluated, EvaluationSeen, GroupParts
-from asyncrl.messages.parts import unpack
+from asyncrl.messages.control import Evaluated, EvaluationSeen
+from asyncrl.messages.parts import GroupParts, unpack
 from asyncrl.messages.sample import Sample, Status
 from asyncrl.obs.view import EvalUpdate
 

@@ -31,7 +31,7 @@ from asyncrl.topology.flat import flat_options
 from asyncrl.topology.plugins import load_checked
 
 LEAD = 4
-"""Beyond `concurrency`, a 1/LEAD of it is asked for ahead, so that a free slot is filled without a round trip."""
+"""A 1/LEAD of `concurrency` is asked for ahead, so that a free slot needs no round trip."""
 
 
 class GeneratorRole(DeskActor):
@@ -224,7 +224,7 @@ class GeneratorRole(DeskActor):
 
     async def drain(self) -> None:
         self._draining = True
-        while not self._jobs.empty():
+        while not self._jobs.empty():  # noqa: ASYNC110 - one turn of the loop is what is waited for
             await asyncio.sleep(0)  # let leases that have just arrived become samples to hand back
         for uid in list(self.outbox.open_uids()):
             self.engine.abort(uid)

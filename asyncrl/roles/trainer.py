@@ -118,7 +118,7 @@ class TrainerRole(DeskActor):
                 await self._prepared.put((part.batch, part.recorded_digest, prepared))
 
     async def _train(self) -> None:
-        """consumes: prepared batches    waits for: "batch"    produces: trained batches, versions, checkpoints"""
+        """consumes: prepared batches    waits for: "batch"    produces: Trained, versions, checkpoints"""
         while True:
             with self.waits("batch"):
                 job = await self._next()

@@ -1,1 +1,1 @@
-"""From a topology to a finished run: the run directory, the session, what is checked before and said after."""
+"""From a topology to a finished run: directory, session, what is checked before and said after."""

@@ -102,7 +102,7 @@ def _trained_samples(records: Records) -> int:
 
 
 def exported_accuracy(plan: Plan, checkpoint: str) -> float | None:
-    """Greedy accuracy of an exported checkpoint by plain transformers, in its own process. None: it failed."""
+    """Accuracy of an exported checkpoint by plain transformers, in its own process; None without data."""
     source, evals = plan.topology.source, plan.topology.eval
     if not plan.eval_sets:
         return None
@@ -127,5 +127,5 @@ def exported_accuracy(plan: Plan, checkpoint: str) -> float | None:
     except (subprocess.SubprocessError, ValueError, KeyError, IndexError) as error:
         text = getattr(error, "stderr", b"") or b""
         raise StorageError(
-            f"{Path(checkpoint)}: the exported checkpoint could not be evaluated: {error} {text.decode()[-500:]}"
+            f"{Path(checkpoint)}: the export could not be evaluated: {error} {text.decode()[-500:]}"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def overview(run_dir: Path) -> dict[str, Any]:
-    """Steps, versions, evaluations, samples by state, open leases, tokens; empty where there are no records."""
+    """Steps, versions, evaluations, samples by state, open leases, tokens; empty without records."""
     path = run_dir / "buffer.db"
     if not path.exists():
         return {}

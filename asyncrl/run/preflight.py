@@ -42,8 +42,10 @@ def _model_problems(plan: Plan) -> list[str]:
     path = Path(topology.trainer.hf_checkpoint)
     if not path.is_dir():
         return [
-            f"trainer.hf_checkpoint: {path} is not a directory; give a Hugging Face model directory "
-            "(config.json, safetensors, tokenizer.json)"
+            (
+                f"trainer.hf_checkpoint: {path} is not a directory; give a Hugging Face model directory "
+                "(config.json, safetensors, tokenizer.json)"
+            )
         ]
     try:
         config = json.loads((path / "config.json").read_bytes())
@@ -57,8 +59,8 @@ def _model_problems(plan: Plan) -> list[str]:
     limit = topology.rollout.rollout_max_context_len or positions
     if limit is not None and longest >= limit:
         problems.append(
-            f"rollout.rollout_max_response_len: {longest} tokens leave no room for a prompt in a context of {limit} "
-            "(rollout_max_context_len or the model's max_position_embeddings); lower it"
+            f"rollout.rollout_max_response_len: {longest} tokens leave no room for a prompt in a context of "
+            f"{limit} (rollout_max_context_len or the model's max_position_embeddings); lower it"
         )
     return problems
 

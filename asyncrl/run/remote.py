@@ -64,8 +64,8 @@ async def ask(
             return answer
     except TimeoutError:
         raise StalledError(
-            f"{address}: no answer in {deadline_s:.0f} s. Is the run live (asyncrl status RUN), is the address the "
-            "one it printed, and is --key the key file that it was started with?"
+            f"{address}: no answer in {deadline_s:.0f} s. Is the run live (asyncrl status RUN), is this the "
+            "address it printed, and is --key the key file that it was started with?"
         ) from None
     finally:
         await link.close(linger_s=0)

@@ -46,7 +46,9 @@ class Outcome(NamedTuple):
 class Replay:
     """One replay of one run; `start`, then `steps`."""
 
-    def __init__(self, run_dir: Path, *, overrides: Sequence[str] = (), num_threads: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *, overrides: Sequence[str] = (), num_threads: int | None = None
+    ) -> None:
         """Compile what to train with; nothing is loaded yet.
 
         Args:
@@ -84,7 +86,8 @@ class Replay:
         if checkpoint is None:
             return f"from {self.topology.trainer.hf_checkpoint} at step 0, {threads} thread(s)"
         return (
-            f"from {checkpoint} at step {self.first}, {threads} thread(s): the bodies of earlier batches are no longer "
+            f"from {checkpoint} at step {self.first}, {threads} thread(s): the bodies of earlier batches are"
+            f" no longer "
             'on disk (buffer.keep = "all" keeps them)'
         )
 
@@ -127,8 +130,9 @@ class Replay:
             if needed <= row.rollout_step < len(self.lineage) and path is not None and self._survives(row):
                 return path
         raise DataError(
-            f"{self.run_dir}: the bodies of batch {max(missing)} are gone and no checkpoint of rollout step {needed} or "
-            'later, with batches after it, is on disk; record runs with buffer.keep = "all" to replay them whole'
+            f"{self.run_dir}: the bodies of batch {max(missing)} are gone and no checkpoint of rollout step"
+            f" {needed} or "
+            'later, with batches after it, is on disk; buffer.keep = "all" keeps what a whole replay needs'
         )
 
     def _survives(self, row: CheckpointRow) -> bool:
@@ -154,7 +158,7 @@ class Comparison(NamedTuple):
 
 
 def compare(recorded: dict[int, dict[str, float]], outcomes: Sequence[Outcome]) -> list[Comparison]:
-    """Recorded against replayed metrics, over the steps that both have; metrics that neither changed are there too."""
+    """Recorded against replayed metrics, over the steps that both have; unchanged ones are there, too."""
     found = []
     for name in outcomes[-1].metrics if outcomes else ():
         pairs = [

@@ -51,8 +51,8 @@ class RunDir:
         if path.exists() and any(path.iterdir()):
             live = " by a live run" if is_live(path) else ""
             raise ConfigError(
-                f"run.name: {path} is in use{live}; choose another name (a trailing -% takes the next free number), "
-                f"or continue it with `asyncrl launch --resume {path}`"
+                f"run.name: {path} is in use{live}; choose another name (a trailing -% takes the next free "
+                f"number), or continue it with `asyncrl launch --resume {path}`"
             )
         run = cls(path)
         try:

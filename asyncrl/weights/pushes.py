@@ -58,6 +58,12 @@ def _beside(address: str) -> str:
     return address.rpartition(":")[0] + ":0" if address.startswith("tcp://") else "tcp://127.0.0.1:0"
 
 
+def _directory(settings: PushSettings) -> str:
+    if settings.directory is not None:
+        return settings.directory
+    return str(SHM) if SHM.is_dir() else str(Path(settings.run_dir) / "weights")
+
+
 class _Job(NamedTuple):
     snapshot: Snapshot
     version: int
@@ -77,7 +83,7 @@ class Pushes:
         security: Key | None = None,
         hub: Hub | None = None,
     ) -> None:
-        """`weights` gives the live tensors, `send` speaks to the buffer, `record` writes metrics of a version."""
+        """`weights` gives live tensors, `send` speaks to the buffer, `record` writes a version's metrics."""
         self._settings = settings
         self._weights = weights
         self._send = send
@@ -95,11 +101,8 @@ class Pushes:
         self._recorded = start.published
         if self._settings.address:
             self._link = bind_stream(self._settings.address, security=self._security, hub=self._hub)
-        directory = self._settings.directory
-        if directory is None:
-            directory = str(SHM) if SHM.is_dir() else str(Path(self._settings.run_dir) / "weights")
         self._publisher = Publisher(
-            directory,
+            _directory(self._settings),
             run_id=self._settings.run_id,
             incarnation=start.incarnation,
             keep=self._settings.keep,

@@ -31,7 +31,7 @@ TRAINER = "lr = 1e-2\nmax_tokens_per_gpu = 24"
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with lag, a killed generator, partials, micro-batches and a trainer restarted from a checkpoint."""
+    """A run with lag, a killed generator, partials, micro-batches, a trainer restarted at a checkpoint."""
     run = tmp_path_factory.mktemp("recorded") / "run"
     model = write_model(tmp_path_factory.mktemp("model"))
     plan = make_plan(num_rollout=NUM_ROLLOUT, model=str(model), trainer=TRAINER)
@@ -67,7 +67,9 @@ def run(recorded: Path, tmp_path: Path) -> Path:
 
 def records_of(run: Path) -> dict[str, bytes]:
     kept = ("buffer.db", "plan.json", "bodies", "checkpoints", "metrics")
-    return {str(p): p.read_bytes() for name in kept for p in (run / name, *(run / name).rglob("*")) if p.is_file()}
+    return {
+        str(p): p.read_bytes() for name in kept for p in (run / name, *(run / name).rglob("*")) if p.is_file()
+    }
 
 
 def test_the_recorded_run_is_one_worth_replaying(recorded: Path) -> None:
@@ -116,7 +118,9 @@ def alter_token(run: Path, *, digest_too: bool) -> int:
         data[offset : offset + length] = altered
         path.write_bytes(data)
         if digest_too:
-            db.execute("update bodies set digest = ? where body = ?", (xxhash.xxh3_128_hexdigest(altered), body))
+            db.execute(
+                "update bodies set digest = ? where body = ?", (xxhash.xxh3_128_hexdigest(altered), body)
+            )
     db.close()
     return int(body)
 
@@ -149,8 +153,8 @@ def test_another_setting_is_a_counterfactual_with_both_metrics(
     assert f"step {NUM_ROLLOUT}/{NUM_ROLLOUT} digest different" in out
     row = next(line.split() for line in out.splitlines() if line.strip().startswith("train/lr-pg_0"))
     assert row[1:] == ["0.01", "0.001", "0.01", "0.001"]
-    reward = next(line.split() for line in out.splitlines() if line.strip().startswith("rollout/raw_reward"))
-    assert reward[1] == reward[2], "the data are the same"
+    assert "rollout/raw_reward " not in out, "the data are the same"
+    assert "other metrics are the same in both" in out
 
 
 def test_a_wrong_override_is_an_error_of_configuration(run: Path) -> None:
@@ -160,10 +164,11 @@ def test_a_wrong_override_is_an_error_of_configuration(run: Path) -> None:
 
 
 def cut_bodies_before(run: Path, batch: int) -> None:
-    """As if bodies that no kept checkpoint needs had been removed: those of the batches move to a lost file."""
+    """As if bodies that no checkpoint needs had been removed: those of the batches move to a lost file."""
     with sqlite3.connect(run / "buffer.db") as db:
         db.execute(
-            "update bodies set file = 900 where group_id in (select group_id from groups where batch between 0 and ?)",
+            "update bodies set file = 900 where group_id in (select group_id from groups where batch between"
+            " 0 and ?)",
             (batch - 1,),
         )
     db.close()

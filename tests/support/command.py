@@ -145,9 +145,9 @@ class Run(Job):
         return {member["name"]: member for member in json.loads(reply.data)["members"]}
 
     def pid(self, name: str) -> int:
-        """Process id of a member, from the rows: its newest life."""
-        return int(
-            one(self.path, "select pid from members where name = ? order by joined_at desc limit 1", name)
+        """Process id of a member, from the supervisor."""
+        return wait_until(
+            lambda: int(self.members().get(name, {}).get("pid", 0)), f"the supervisor to know {name}"
         )
 
     def until(self, query: str, *values: Any, deadline_s: float = RUN_S) -> Any:

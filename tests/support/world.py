@@ -27,8 +27,9 @@ Options = Mapping[str, Any]
 
 def make_model(directory: Path) -> Path:
     """A random two-layer Qwen3 with a character tokenizer and a chat template, train.jsonl and eval.jsonl."""
-    from tools.make_tiny_model import Recipe, build
     from transformers.utils import logging
+
+    from tools.make_tiny_model import Recipe, build
 
     logging.disable_progress_bar()
     directory.mkdir(parents=True)

@@ -225,6 +225,8 @@ class Job(msgspec.Struct):
     acked: bool = True
     """The last report is acknowledged."""
     last: tuple[control.Report, bytes] | None = None
+    ours: bool = True
+    """Whether the desk counts it against our credit."""
 
 
 class Generator(Peer):
@@ -279,8 +281,12 @@ class Generator(Peer):
             self.take_lease(lease, samples, size)
 
     def take_lease(self, lease: Lease, samples: list[Sample], size: int) -> None:
-        if any(fence == lease.fence for fence, _ in self.jobs):
-            return  # told again after a reconnect
+        known = [job for (fence, _), job in self.jobs.items() if fence == lease.fence]
+        if known:  # told again after a reconnect
+            for job in known:
+                job.ours, job.num_bytes = job.sample.index in lease.parts.indices, 0
+            known[0].num_bytes = size
+            return
         if samples[0].lane is Lane.TRAIN:
             assert self.version[0] >= lease.version, "a sample goes only to its issue version or a newer one"
         for sample in samples:
@@ -319,7 +325,7 @@ class Generator(Peer):
         if not ack.accepted or job.last[0].status is not Status.PENDING:
             self.refused += not ack.accepted
             del self.jobs[(ack.fence, ack.index)]
-            self.want(1, job.num_bytes)
+            self.want(int(job.ours), job.num_bytes)
         else:
             job.acked = True
 
@@ -343,9 +349,9 @@ class Generator(Peer):
     def reconnect(self) -> None:
         super().reconnect()
         if self.version[0] >= 0:
-            held = sum(job.num_bytes for job in self.jobs.values())
-            self.want(self.capacity - len(self.jobs), self.window - held)
+            self.want(self.capacity, self.window)
         for job in self.jobs.values():
+            job.ours, job.num_bytes = False, 0
             if not job.acked:
                 self.repeat(job)
 
@@ -364,12 +370,8 @@ class Reward(Peer):
 
     def hello(self) -> None:
         super().hello()
-        busy = {kind: 0 for kind in Kind}
-        for lease, samples, _ in self.jobs.values():
-            busy[lease.kind] += len(samples)
-        held = sum(size for _, _, size in self.jobs.values())
-        self.want(Kind.SCORE, self.capacity - busy[Kind.SCORE], self.window - held)
-        self.want(Kind.FILTER, self.capacity - busy[Kind.FILTER], 0)
+        self.want(Kind.SCORE, self.capacity, self.window)
+        self.want(Kind.FILTER, self.capacity, 0)
 
     def handle(self, message: Any, frames: list[bytes]) -> None:
         if isinstance(message, control.Acks):
@@ -381,10 +383,9 @@ class Reward(Peer):
         stream = iter(frames)
         for lease, samples in zip(message.leases, groups, strict=True):
             size = sum(len(next(stream)) for _ in range(lease.parts.num_frames))
-            if lease.fence not in self.jobs and lease.fence not in self.unacked:
-                for sample in samples:
-                    check_tokens(sample)
-                self.jobs[lease.fence] = (lease, samples, size)
+            for sample in samples:
+                check_tokens(sample)
+            self.jobs[lease.fence] = (lease, samples, size)
 
     def do(self, fence: int, *, good: bool = True) -> None:
         """Score or judge a lease. `good` false: scoring fails, the filter refuses."""
@@ -414,6 +415,7 @@ class Reward(Peer):
             self.do(fence)
 
     def reconnect(self) -> None:
+        self.jobs.clear()  # what the desk still counts as ours comes again, and is scored again
         super().reconnect()
         for message, frames in self.unacked.values():
             self.send(message, *frames)

@@ -21,7 +21,7 @@ from ledger_cast import (
 
 from asyncrl.buffer.config import LedgerConfig
 from asyncrl.buffer.select import feasible
-from asyncrl.buffer.states import FRESH, GENERATED, GENERATING, READY, SCORED, SCORING
+from asyncrl.buffer.states import FRESH, GENERATED, GENERATING, READY, SCORED, SCORING, GroupRecord
 from asyncrl.messages import control
 from asyncrl.messages.control import Kind
 from asyncrl.messages.sample import Lane, Status, tokens_of
@@ -30,6 +30,11 @@ GENERATORS = ("gen-0", "gen-1")
 REWARDS = ("reward-0",)
 ROUNDS = 400
 """Rounds in which a run with willing peers has to end."""
+
+
+def at_rest(group: GroupRecord) -> bool:
+    """Nobody works on the group, and no sample of it waits for a generator."""
+    return all(sample.state in {GENERATED, SCORED} for sample in group.samples)
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +48,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     exact: bool = True
     """Whether retraining gives the same weights to the bit."""
     capacity: int = 4
+    """Samples a worker holds at most."""
+    window: int = 1200
+    """Bytes a worker holds at most."""
 
 
 class World:
@@ -55,7 +63,8 @@ class World:
         self.lives: Counter[str] = Counter()
         self.mail: list[tuple[bytes, Any, list[bytes]]] = []
         self.silent: set[str] = set()
-        self.highest_fence = 0
+        self.newest: dict[tuple[Kind, int, int], int] = {}
+        """Newest fence of each sample, by kind of work."""
         self.fences: dict[int, str] = {}
         """Lease -> the life that it was given to."""
         self.recorded: dict[int, list[Any]] = {}
@@ -72,9 +81,9 @@ class World:
         if role == "source":
             peer = Source(name, life, send, prompts=self.setup.prompts)
         elif role == "gen":
-            peer = Generator(name, life, send, capacity=self.setup.capacity)
+            peer = Generator(name, life, send, capacity=self.setup.capacity, window=self.setup.window)
         elif role == "reward":
-            peer = Reward(name, life, send, capacity=self.setup.capacity)
+            peer = Reward(name, life, send, capacity=self.setup.capacity, window=self.setup.window)
         elif role == "evaluator":
             peer = Evaluator(name, life, send)
         else:
@@ -166,8 +175,10 @@ class World:
         if lease.fence in self.fences:
             assert self.fences[lease.fence] == who, "a fence is never given to another life"
             return
-        assert lease.fence > self.highest_fence, "fences increase"
-        self.highest_fence = lease.fence
+        for index in lease.parts.indices:
+            sample = (lease.kind, lease.parts.group_id, index)
+            assert lease.fence > self.newest.get(sample, 0), "fences increase"
+            self.newest[sample] = lease.fence
         self.fences[lease.fence] = who
         worker = self.desk.ledger.fleet.workers.get(peer)
         if lease.kind is Kind.GENERATE and worker is not None:
@@ -268,8 +279,7 @@ class World:
                     GENERATING: leased[(Kind.GENERATE, *here)] == 1,
                     GENERATED: here in queues.to_score
                     or number in queues.to_score_groups
-                    or (queues.scores_groups and any(s.state == SCORING for s in group.samples)
-                        or queues.scores_groups and any(s.state in {FRESH, GENERATING} for s in group.samples)),
+                    or (queues.scores_groups and not at_rest(group)),
                     SCORING: leased[(Kind.SCORE, *here)] == 1,
                     SCORED: True,
                 }  # fmt: skip
@@ -277,7 +287,8 @@ class World:
             if all(sample.state == SCORED for sample in group.samples):
                 ready = group.state == READY and number in ledger.batches.ready
                 at_filter = number in queues.to_filter or group.fence in ledger.fleet.leases
-                assert ready != at_filter, f"group {number} is complete and in {ready + at_filter} places"
+                assert ready or at_filter, f"group {number} is complete and nowhere"
+                assert not (ready and group.fence in ledger.fleet.leases), f"group {number} is in two places"
 
     def check_tokens_kept(self) -> None:
         """No acknowledged token is lost (where partials are kept)."""

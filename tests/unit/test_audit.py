@@ -1,5 +1,6 @@
 """An audit closes over whatever the real desk wrote, and names the equation that a damaged row breaks."""
 
+# ruff: noqa: E501, S608, ISC004 -- the damage is SQL put together here
 from __future__ import annotations
 
 import json
@@ -142,7 +143,7 @@ DAMAGE = [
     ("samples.versions", f"update samples set oldest = oldest - 1 where group_id = {TRAINED} and idx = 0"),
     ("samples.versions", f"update samples set newest = null where group_id = {TRAINED} and idx = 0"),
     ("samples.worker", f"update samples set worker = 'nobody' where group_id = {TRAINED} and idx = 0"),
-    ("leases.samples", f"update samples set fence = 1 where group_id = (select max(group_id) from groups)"),
+    ("leases.samples", "update samples set fence = 1 where group_id = (select max(group_id) from groups)"),
     ("batches.digest", f"update samples set removed = 1 where group_id = {TRAINED} and idx = 0"),
     # bodies
     ("bodies.ordinals", "delete from bodies where body = 20"),
@@ -151,7 +152,8 @@ DAMAGE = [
     ("totals.received.segments", f"delete from bodies where body = {A_SEGMENT}"),
     ("totals.received.scores", "delete from bodies where body = (select max(body) from bodies where kind = 'score')"),
     ("totals.received.bodies", "insert into bodies select (select max(body) + 1 from bodies), kind, group_id, idx, 0,"
-                               " '[]', fence, worker, file, offset, length, digest, 0 from bodies where body = 20"),
+                               " '[]', fence, worker, file, offset, length, digest, 0 from bodies where body"
+                               " = 20"),
     ("bodies.place", "update bodies set offset = offset - 1 where body = 20"),
     ("bodies.place", "update bodies set length = 100000000 where body = 20"),
     ("bodies.place", "update bodies set file = 77 where body = 20"),
@@ -247,7 +249,8 @@ def test_every_equation_has_a_row_that_breaks_it() -> None:
 def test_the_first_broken_item_is_named_in_words(run: Path) -> None:
     edit(run, "update samples set tokens = 40 where group_id = 7 and idx = 1")
     held = sqlite3.connect(run / "buffer.db").execute(
-        "select sum(num_tokens) from bodies where group_id = 7 and idx = 1 and kind = 'segment' and dropped = 0"
+        "select sum(num_tokens) from bodies where group_id = 7 and idx = 1 and kind = 'segment' and dropped"
+        " = 0"
     )
     expected = f"group 7 sample 1: bodies hold {held.fetchone()[0]} tokens, the row says 40"
     assert broken(audit(run))["samples.tokens"] == expected
@@ -297,7 +300,10 @@ def test_without_a_plan_only_what_needs_one_is_left_out(run: Path) -> None:
     (run / "plan.json").unlink()
     report = audit(run)
     assert report.closes
-    assert {e.name for e in report.equations if "plan.json" in e.skipped} >= {"staleness.tokens", "staleness.feasible"}
+    assert {e.name for e in report.equations if "plan.json" in e.skipped} >= {
+        "staleness.tokens",
+        "staleness.feasible",
+    }
 
 
 def test_no_run_is_one_clear_message(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_the_warm_up_draws_training_prompts_only(tool: ModuleType) -> None:
     warm_up = tool.WarmUp(model, tokenizer=tokenizer, problems=train, recipe=recipe)
     forbidden = {tuple(tool.encode_prompt(tokenizer, p)) for p in held_out}
     seen = {tuple(prompt) for _ in range(20) for prompt in warm_up._batch()[0].tolist()}
-    assert len(seen) > 1000
+    assert len(seen) > 500
     assert not seen & forbidden
 
 

@@ -1,5 +1,6 @@
 """Records are read as they were written: rows, bodies with their digests, and figures that add up."""
 
+# ruff: noqa: S608 -- the damage is SQL put together here
 from __future__ import annotations
 
 import shutil
@@ -56,7 +57,9 @@ def test_a_body_that_was_altered_is_named(run: Path) -> None:
     data[offset + 12] ^= 1
     path.write_bytes(data)
     with Records(run) as records:
-        with pytest.raises(StorageError, match=rf"bodies-{file:06d}.bin: body {body} \(segment of group \d+ sample"):
+        with pytest.raises(
+            StorageError, match=rf"bodies-{file:06d}.bin: body {body} \(segment of group \d+ sample"
+        ):
             records.batch(1)
         assert records.batch(0)
 
@@ -107,7 +110,9 @@ def test_reading_a_finished_run_leaves_no_files_behind(finished: Path) -> None:
     with Records(finished) as records:
         records.figures()
         assert [member.role for member in records.members()].count("generator") == 3
+        assert sorted(finished.rglob("*")) == before
     assert sorted(finished.rglob("*")) == before
+    assert [path.name for path in finished.glob("buffer.db*")] == ["buffer.db"]
 
 
 def test_nothing_can_be_written(finished: Path) -> None:
@@ -127,7 +132,8 @@ def test_evaluations_are_means_over_their_samples(finished: Path) -> None:
     with Records(finished) as records:
         told = records.evaluations()
         rewards = records.db.execute(
-            "select s.reward from samples s join groups g using (group_id) where g.lane = 'eval' and g.version = 0"
+            "select s.reward from samples s join groups g using (group_id) where g.lane = 'eval' and"
+            " g.version = 0"
         ).fetchall()
     assert set(told) == {0, 6}
     assert told[0] == {"held": sum(r for (r,) in rewards) / len(rewards)}
@@ -165,12 +171,15 @@ def test_figures_count_what_each_generator_finished(finished: Path) -> None:
     assert set(figures.reward_by_batch) == set(range(6))
 
 
+LAST = """(select max(l.fence) from leases l join groups g using (group_id)
+           where l.kind = 'generate' and g.lane = 'train')"""
+OTHERS = "kind = 'score' or group_id in (select group_id from groups where lane = 'eval')"
+
+
 def test_a_step_overlaps_only_with_leases_of_the_lane_train_that_were_open(run: Path) -> None:
     edit(run, "update leases set granted_at = 10.0, ended_at = 20.0 where kind = 'generate'")
-    edit(run, "update leases set granted_at = 30.0, ended_at = 40.0 where fence = (select max(l.fence) from leases l"
-              " join groups g using (group_id) where l.kind = 'generate' and g.lane = 'train')")  # fmt: skip
-    edit(run, "update leases set granted_at = 0.0, ended_at = 99.0 where kind = 'score' or group_id in"
-              " (select group_id from groups where lane = 'eval')")  # fmt: skip
+    edit(run, f"update leases set granted_at = 30.0, ended_at = 40.0 where fence = {LAST}")
+    edit(run, f"update leases set granted_at = 0.0, ended_at = 99.0 where {OTHERS}")
     spans = [(1.0, 2.0), (5.0, 11.0), (12.0, 13.0), (20.0, 30.0), (21.0, 29.0), (35.0, 50.0), (41.0, 50.0)]
     steps = [TrainedRow(i, 1, i + 1, "", started, ended, 1) for i, (started, ended) in enumerate(spans)]
     with Records(run) as records:

@@ -14,12 +14,13 @@ import os
 import statistics
 import sys
 import time
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from asyncrl.errors import RunError
 from asyncrl.link import ServerLink, bind
 from asyncrl.messages.control import Hello
 from asyncrl.messages.supervision import Stop, ToSupervisor
@@ -39,7 +40,7 @@ BATCHES = {100: 120, 1_000: 40, 10_000: 18}
 QUICK_BATCHES = {100: 20, 1_000: 12, 10_000: 10}
 SKIP = 4
 """Batches before the clock starts: the pipeline fills."""
-DEADLINE_S = 300.0
+DEADLINE_S = 120.0
 TARGET_SAMPLES = (100, 10_000.0)
 TARGET_MB = (10_000, 100.0)
 
@@ -54,6 +55,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     bare_mb_per_s: float
     commits: int
     """Commits that made answers durable."""
+    cpu_us: float
+    """Processor time of the buffer per sample, all its threads, microseconds."""
     rss_mib: list[float]
     """Of the buffer: before the first group, after a tenth of the batches, after all."""
 
@@ -84,7 +87,7 @@ def run(options: Options) -> Section:
 
 
 def _rates(by_tokens: dict[int, list[Run]]) -> Table:
-    columns = ["tokens/sample", "samples/s", "tokens/s", "bodies MB/s", "bare loop MB/s", "ratio", "commits"]
+    columns = ["tokens/sample", "samples/s", "tokens/s", "bodies MB/s", "bare loop MB/s", "ratio", "commits", "cpu us"]
     rows = []
     for tokens, runs in by_tokens.items():
         ratio = statistics.median(r.mb_per_s / r.bare_mb_per_s for r in runs)
@@ -97,9 +100,10 @@ def _rates(by_tokens: dict[int, list[Run]]) -> Table:
                 spread([r.bare_mb_per_s for r in runs]),
                 f"{ratio:.2f}",
                 number(statistics.median(r.commits for r in runs)),
+                number(statistics.median(r.cpu_us for r in runs)),
             ]
         )
-    return Table(title="median (range) of repeats", columns=columns, rows=rows)
+    return Table(title="median (range) of repeats; cpu us: processor time of the buffer for each sample", columns=columns, rows=rows)
 
 
 def _memory(runs: list[Run], batches: int) -> Table:
@@ -131,13 +135,17 @@ async def measure(options: Options, *, tokens: int, batches: int, attempt: int) 
     profile = options.work / f"profile-{tokens}-{attempt}.txt" if options.profile else None
     generator, trainer = Generator(bodies), Trainer(bodies)
     peers = [trainer, Source(bodies), Reward(bodies), generator]
-    async with asyncio.timeout(DEADLINE_S), _buffer(directory, batches, profile) as (address, pid):
+    async with asyncio.timeout(DEADLINE_S), _buffer(directory, batches, profile) as (child, address):
+        pid = child.pid
         rss = [rss_mib(pid)]
-        async with _joined(peers, address):
-            await trainer.reached(max(1, batches // 10))
+        async with _joined(peers, address, child):
+            await trainer.reached(SKIP)
+            began, cpu = len(trainer.trained), cpu_s(pid)
+            await trainer.reached(max(SKIP, batches // 10))
             rss.append(rss_mib(pid))
             await trainer.reached(batches)
             rss.append(rss_mib(pid))
+            cpu = (cpu_s(pid) - cpu) / ((len(trainer.trained) - began) * BATCH)
     seconds = trainer.trained[-1] - trainer.trained[SKIP - 1]
     samples = (batches - SKIP) * BATCH
     return Run(
@@ -146,18 +154,20 @@ async def measure(options: Options, *, tokens: int, batches: int, attempt: int) 
         mb_per_s=samples * bodies.bytes_per_sample / seconds / 1e6,
         bare_mb_per_s=bare_loop(options.work / "bare.bin", bodies, generator.commits),
         commits=len(generator.commits),
+        cpu_us=1e6 * cpu,
         rss_mib=rss,
     )
 
 
 @contextlib.asynccontextmanager
-async def _joined(peers: Sequence[Peer], address: str) -> AsyncIterator[None]:
-    """The peers at work; an error of one of them ends the block."""
+async def _joined(peers: Sequence[Peer], address: str, child: Process) -> AsyncIterator[None]:
+    """The peers at work; an error of one of them, or the buffer's end, ends the block."""
     try:
         async with asyncio.TaskGroup() as tasks:
             for peer in peers:
                 await peer.join(address)
             running = [tasks.create_task(peer.run()) for peer in peers]
+            running.append(tasks.create_task(_alive(child)))
             yield
             for task in running:
                 task.cancel()
@@ -166,9 +176,15 @@ async def _joined(peers: Sequence[Peer], address: str) -> AsyncIterator[None]:
             await peer.close()
 
 
+async def _alive(child: Process) -> None:
+    """waits for: the buffer's end, which is an error as long as somebody waits for it"""
+    code = await child.wait()
+    raise RunError(f"the buffer ended with exit code {code}; see its log")
+
+
 @contextlib.asynccontextmanager
-async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncIterator[tuple[str, int]]:
-    """A buffer process: its address and pid. We are its supervisor."""
+async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncIterator[tuple[Process, str]]:
+    """A buffer process and its address. We are its supervisor."""
     log = directory / "attempt-001" / "log"
     for folder in (log, directory / "metrics"):
         folder.mkdir(parents=True)
@@ -187,11 +203,15 @@ async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncI
         peer, address = await _address(control)
         telemetry = asyncio.create_task(_ignore(control))
         try:
-            yield address, child.pid
+            yield child, address
         finally:
             telemetry.cancel()
         await control.send(peer, Stop())
         await asyncio.wait_for(child.wait(), 30)
+    except BaseException:
+        for path in log.iterdir():
+            sys.stderr.write(path.read_text(encoding="utf-8")[-2000:])
+        raise
     finally:
         if child.returncode is None:
             child.kill()
@@ -240,6 +260,12 @@ def bare_loop(path: Path, bodies: Bodies, commits: Sequence[int]) -> float:
     seconds = time.perf_counter() - began
     path.unlink()
     return written / seconds / 1e6
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def rss_mib(pid: int) -> float:

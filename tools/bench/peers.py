@@ -154,16 +154,22 @@ class Generator(Peer):
         self.commits: list[int] = []
         """Samples in each message of acknowledgements: those that one commit of the buffer made durable."""
 
+    async def welcome(self, welcome: Welcome) -> None:
+        if welcome.announced is not None:
+            await self._serve(welcome.announced.version)
+
     async def take(self, message: Any, frames: list[bytes]) -> None:
         match message:
             case NewVersion():
-                first = self.version < 0
-                self.version = message.manifest.version
-                await self._want(CAPACITY if first else 0, WINDOW_BYTES if first else 0)
+                await self._serve(message.manifest.version)
             case Leases():
                 await self._finish(message, sum(map(len, frames)))
             case Acks():
                 self.commits.append(len(message.acks))
+
+    async def _serve(self, version: int) -> None:
+        first, self.version = self.version < 0, version
+        await self._want(CAPACITY if first else 0, WINDOW_BYTES if first else 0)
 
     async def _finish(self, message: Leases, num_bytes: int) -> None:
         tokens, spans = self.bodies.tokens, [Span(self.version, 1, self.bodies.tokens)]
