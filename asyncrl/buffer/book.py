@@ -199,8 +199,8 @@ class Book:
         return transaction
 
     def _append(
-        self, kind: str, group_id: int, index: int, num_tokens: int, spans: list[Any], fence: int, worker: str,
-        frame: Frame,
+        self, kind: str, group_id: int, index: int, num_tokens: int, spans: list[Any], fence: int,
+        worker: str, frame: Frame,
     ) -> int:  # fmt: skip
         body = self.next_body
         self.next_body += 1

@@ -72,7 +72,7 @@ class Fleet:
         return [worker for worker in self.workers.values() if worker.role == role]
 
     def only(self, role: str) -> WorkerRecord | None:
-        """The one actor of a role that has one (source, trainer, evaluator); the newest if it was replaced."""
+        """The one actor of a role that has one (source, trainer, evaluator); the newest of several."""
         workers = self.with_role(role)
         return workers[-1] if workers else None
 
@@ -105,7 +105,7 @@ class Fleet:
                 worker.alone = 0
 
     def silent(self, now: float, *, every_s: float) -> list[WorkerRecord]:
-        """Workers not heard of for `dead_after_s`; time in which the buffer itself stood still is not charged.
+        """Workers not heard of for `dead_after_s`; time in which the buffer stood still is not charged.
 
         Args:
             now: the present time.

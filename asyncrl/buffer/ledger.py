@@ -4,9 +4,9 @@ It is a plain object: no await, no clock (time comes in with events), no file, a
 body. Each public method is one event; `pump` then gives out whatever work is possible, and `take` returns
 what must be committed and what may leave after that commit.
 
-    fresh -lease> generating -done> generated -lease> scoring -scored> scored -group complete> [filtering] > ready
-      ^               | abort, death: back with its tokens                                     | refused
-      +---------------+                                                             batched    +-> filtered
+    fresh -lease> generating -done> generated -lease> scoring -scored> scored -complete> [filtering] > ready
+      ^               | abort, death: back with its tokens                               | refused      |
+      +---------------+                                                                  +> filtered   batched
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Ledger:
     # Prompts.
 
     def issue(self, message: Issue, frames: list[Frame], now: float) -> None:
-        """The source handed in prompts; a repeat (another first ordinal than the next free one) is ignored."""
+        """The source handed in prompts; a repeat (its first ordinal is not the next free one) is ignored."""
         if message.first_group != self.book.next_group or self.finished:
             return
         self.book.seq += 1
@@ -144,10 +144,7 @@ class Ledger:
         elif report.status is Status.ABORTED:
             self._give_back(group, sample)
         else:
-            counts = not (lease.progressed and self._keeps_tokens(group))
-            self._failed_attempt(
-                group, sample, lease, report.reason or "generation failed", now, counts=counts
-            )
+            self._failed_attempt(group, sample, lease, report.reason or "generation failed", now)
 
     def _give_back(self, group: GroupRecord, sample: SampleRecord) -> None:
         sample.state = FRESH
@@ -160,20 +157,14 @@ class Ledger:
         return self.config.partial_rollout and group.lane is Lane.TRAIN
 
     def _failed_attempt(
-        self,
-        group: GroupRecord,
-        sample: SampleRecord,
-        lease: LeaseRecord,
-        reason: str,
-        now: float,
-        *,
-        counts: bool,
+        self, group: GroupRecord, sample: SampleRecord, lease: LeaseRecord, reason: str, now: float
     ) -> None:
         """An attempt ended without a result: the sample goes back, or its group fails."""
-        sample.attempts += counts
+        progressed = lease.progressed and self._keeps_tokens(group)
+        sample.attempts += not (progressed or lease.excused)
         if sample.attempts >= self.config.max_attempts:
-            note = f"sample {sample.index}: {sample.attempts} attempts at {lease.kind} failed; the last: {reason}"
-            self._fail(group, now, note)
+            tried = f"{sample.attempts} attempts at {lease.kind} failed"
+            self._fail(group, now, f"sample {sample.index}: {tried}; the last: {reason}")
         elif lease.kind is Kind.GENERATE:
             self._give_back(group, sample)
         else:
@@ -202,7 +193,7 @@ class Ledger:
             lease = self.fleet.leases[scored.fence]
             self._end_part(lease, sample.index, "failed" if scored.error else "scored", now)
             if scored.error or frame is None:
-                self._failed_attempt(group, sample, lease, scored.error or "no score came", now, counts=True)
+                self._failed_attempt(group, sample, lease, scored.error or "no score came", now)
             else:
                 sample.state, sample.reward, sample.attempts = SCORED, scored.reward, 0
                 sample.removed = scored.remove_sample
@@ -264,10 +255,10 @@ class Ledger:
         self.batches.refused += 1
         if self.batches.refused > self.config.max_refused_per_step:
             self.failure = (
-                f"{self.batches.refused} groups in a row were refused by the filters or failed without a batch "
-                f"being cut (rollout.max_refused_per_step = {self.config.max_refused_per_step}); the last "
-                f"reason: {reason or 'none given'}. The prompts may all be too easy or too hard for this model, "
-                "the filter too strict, or the reward broken."
+                f"{self.batches.refused} groups in a row were refused by the filters or failed without a "
+                f"batch being cut (rollout.max_refused_per_step = {self.config.max_refused_per_step}); the "
+                f"last reason: {reason or 'none given'}. The prompts may all be too easy or too hard for "
+                "this model, the filter too strict, or the reward broken."
             )
 
     # Leases.
@@ -284,8 +275,8 @@ class Ledger:
         """Give samples to a worker; a whole-group lease for FILTER leaves their states alone."""
         fence = self.book.fence()
         lease = LeaseRecord(
-            fence, kind, worker.name, worker.incarnation, group.group_id, indices, set(indices), group.version,
-            now, num_bytes,
+            fence, kind, worker.name, worker.incarnation, group.group_id, indices, set(indices),
+            group.version, now, num_bytes,
         )  # fmt: skip
         self.fleet.grant(worker, lease)
         if kind is Kind.FILTER:
@@ -324,6 +315,7 @@ class Ledger:
         for lease in leases:
             self.fleet.leases.pop(lease.fence, None)
             self.book.row("lease_end", now, reason, lease.fence)
+            lease.excused = ours
             if lease.kind is Kind.FILTER:
                 self._release_filter(lease)
                 continue
@@ -331,8 +323,7 @@ class Ledger:
                 group, sample = self._find(lease.group_id, index)
                 if group is not None and sample is not None and sample.fence == lease.fence:
                     sample.fence = 0  # a late result of this lease is refused, not taken for a repeat
-                    counts = not ours and not (lease.progressed and self._keeps_tokens(group))
-                    self._failed_attempt(group, sample, lease, reason, now, counts=counts)
+                    self._failed_attempt(group, sample, lease, reason, now)
 
     def _release_filter(self, lease: LeaseRecord) -> None:
         group = self.book.groups.get(lease.group_id)

@@ -317,7 +317,7 @@ class Pump:
         ledger.book.row("meta", "target", batches.target)
 
     def _tell_trainer_the_end(self) -> None:
-        """A trainer that expects more steps than the data allowed; only after the last one, lest it skip some."""
+        """To a trainer that expects more steps than the data allow; after the last one, lest it skip some."""
         ledger = self.ledger
         trainer = ledger.fleet.only("trainer")
         if ledger.batches.target == ledger.config.num_rollout or ledger.draining:

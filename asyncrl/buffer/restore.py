@@ -43,8 +43,8 @@ def restore(ledger: Ledger, members: Members, store: Store) -> None:
     book.next_fence = _next(db, "leases", "fence", 1)
     book.seq = (
         db.execute(
-            "select max(m) from (select max(issued_seq) m from groups union select max(settled_seq) from groups"
-            " union select max(seq) from batches)"
+            "select max(m) from (select max(issued_seq) m from groups"
+            " union select max(settled_seq) from groups union select max(seq) from batches)"
         ).fetchone()[0]
         or 0
     )
@@ -177,22 +177,23 @@ def _restore_groups(ledger: Ledger, store: Store) -> None:
 
 def _restore_samples(group: GroupRecord, db: sqlite3.Connection) -> None:
     for row in db.execute(
-        "select idx, state, status, tokens, fence, attempts, worker, oldest, newest, reward, removed, score_body"
-        " from samples where group_id = ? order by idx",
+        "select idx, state, status, tokens, fence, attempts, worker, oldest, newest, reward, removed,"
+        " score_body from samples where group_id = ? order by idx",
         (group.group_id,),
     ):
         idx, state, status, tokens, fence, attempts, worker, oldest, newest, reward, removed, score = row
         group.samples.append(
             SampleRecord(
-                idx, state, Status(status), tokens, fence=fence, attempts=attempts, worker=worker, oldest=oldest,
-                newest=newest, reward=reward, removed=bool(removed), score_body=score,
+                idx, state, Status(status), tokens, fence=fence, attempts=attempts, worker=worker,
+                oldest=oldest, newest=newest, reward=reward, removed=bool(removed), score_body=score,
             )
         )  # fmt: skip
 
 
 def _restore_bodies(group: GroupRecord, store: Store) -> None:
     for body, kind, idx, file, offset, length in store.db.execute(
-        "select body, kind, idx, file, offset, length from bodies where group_id = ? and dropped = 0 order by body",
+        "select body, kind, idx, file, offset, length from bodies"
+        " where group_id = ? and dropped = 0 order by body",
         (group.group_id,),
     ):
         store.remember(body, Location(file, offset, length))

@@ -17,7 +17,6 @@ IOV_MAX = 512
 """Buffers handed to one writev; below every kernel's limit."""
 
 
-
 class Location(NamedTuple):
     """Where a body lies."""
 
@@ -103,8 +102,8 @@ class Segments:
             raise StorageError(f"{self.path(location.file)}: cannot read a body: {error}") from error
         if len(data) != location.length:
             raise StorageError(
-                f"{self.path(location.file)}: {len(data)} of {location.length} bytes at offset {location.offset}; "
-                "the file was cut short after it was recorded"
+                f"{self.path(location.file)}: {len(data)} of {location.length} bytes at offset "
+                f"{location.offset}; the file was cut short after it was recorded"
             )
         return data
 

@@ -113,6 +113,8 @@ class LeaseRecord:
     granted_at: float
     num_bytes: int
     progressed: bool = False
+    excused: bool = False
+    """Its end is our own doing and counts against nobody."""
 
 
 @dataclass(slots=True)
@@ -166,7 +168,7 @@ class Transaction:
     """Everything to commit, then to send; see the module's docstring."""
 
     groups: list[tuple[Any, ...]]
-    """Rows, not records: the ledger goes on while these are written, and a row must not run ahead of its bodies."""
+    """Rows, not records: the ledger goes on while they are written, and no row may be ahead of its bodies."""
     samples: list[tuple[Any, ...]]
     bodies: list[BodyRow]
     rows: list[tuple[str, tuple[Any, ...]]]

@@ -79,8 +79,8 @@ class Store:
                 raise
         except (OSError, sqlite3.Error) as error:
             raise StorageError(
-                f"{self.path}: a commit failed ({error}); nothing of it was acknowledged. Free some disk space "
-                "and go on with `asyncrl launch --resume`: everything acknowledged before is safe."
+                f"{self.path}: a commit failed ({error}); nothing of it was acknowledged. Free some disk "
+                "space and go on with `asyncrl launch --resume`: everything acknowledged before is safe."
             ) from error
         for body, location in zip(transaction.bodies, locations, strict=True):
             self._locations[body.id] = location
@@ -265,6 +265,6 @@ def _group(
 def _body_row(b: BodyRow, at: Location) -> tuple[Any, ...]:
     spans = msgspec.json.encode(b.spans).decode() if b.spans else "[]"
     return (
-        b.id, b.kind, b.group_id, b.index, b.num_tokens, spans, b.fence, b.worker, at.file, at.offset, at.length,
-        b.digest,
+        b.id, b.kind, b.group_id, b.index, b.num_tokens, spans, b.fence, b.worker, at.file, at.offset,
+        at.length, b.digest,
     )  # fmt: skip

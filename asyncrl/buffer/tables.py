@@ -10,9 +10,9 @@ create table if not exists meta (key text primary key, value) without rowid;
 create table if not exists totals (key text primary key, value integer not null) without rowid;
 create table if not exists groups (
   group_id integer primary key, lane text not null, dataset text not null, num_samples integer not null,
-  state text not null, reason text, version integer not null, incarnation integer not null, due integer not null,
-  batch integer not null, prompt_body integer not null, prompt_tokens integer not null, fence integer not null,
-  issued_seq integer not null, settled_seq integer not null, created_at real not null,
+  state text not null, reason text, version integer not null, incarnation integer not null,
+  due integer not null, batch integer not null, prompt_body integer not null, prompt_tokens integer not null,
+  fence integer not null, issued_seq integer not null, settled_seq integer not null, created_at real not null,
   settled_at real not null, note text not null);
 create table if not exists samples (
   group_id integer not null, idx integer not null, state text not null, status text not null,
@@ -72,8 +72,8 @@ STATEMENTS = {
     "batch": "insert into batches values (?,?,?,?,?,?,?)",
     "batch_group": "insert into batch_groups values (?,?,?)",
     "trained": "insert or replace into trained values (?,?,?,?,?,?,?)",
-    "trained_groups": "update groups set state = 'trained', reason = 'trained', settled_at = ?, settled_seq = ?"
-    " where batch = ?",
+    "trained_groups": "update groups set state = 'trained', reason = 'trained', settled_at = ?,"
+    " settled_seq = ? where batch = ?",
     "trained_samples": "update samples set state = 'trained'"
     " where group_id in (select group_id from batch_groups where batch = ?)",
     "untrain_groups": "update groups set state = 'batched', reason = null, settled_seq = -1"

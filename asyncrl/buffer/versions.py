@@ -114,7 +114,7 @@ class Versions:
         return self.evaluation
 
     def evaluation_is_lost(self, served: set[tuple[int, int]]) -> bool:
-        """Whether the running evaluation can never end: no generator serves its version, and none can load it.
+        """Whether the running evaluation can never end: no generator serves its version or can load it.
 
         Args:
             served: (version, incarnation) of every generator that is here.

@@ -83,6 +83,7 @@ _RANGES = {
             "trainer.lr_warmup_init",
             "trainer.weight_decay",
             "trainer.clip_grad",
+            "trainer.scripted_step_s",
             "algorithm.kl_loss_coef",
             "algorithm.tis_clip_low",
             "run.seed",

@@ -15,8 +15,11 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     hf_checkpoint: str
     """Hugging Face model directory: initial weights, configuration and tokenizer. Required."""
-    backend: Literal["torch"] = "torch"
-    """What trains: "torch" runs any transformers causal LM in one process (Miles: --train-backend)."""
+    backend: Literal["torch", "scripted"] = "torch"
+    """What trains: "torch" runs any transformers causal LM in one process (Miles: --train-backend);
+    "scripted" trains nothing and takes `scripted_step_s` for it: for tests, dry runs and benchmarks."""
+    scripted_step_s: float = 0.0
+    """Seconds that a rollout step takes under backend = "scripted"; the others ignore it."""
     ref_load: str | None = None
     """Directory of the reference model for the KL loss. None: `hf_checkpoint`."""
     num_threads: int = 1

@@ -153,7 +153,10 @@ class Peer:
         self._send(self.peer, message, list(frames))
 
     def hello(self) -> None:
-        self.send(control.Hello(name=self.name, role=self.role, incarnation=self.incarnation, protocol=1, schema=""))
+        hello = control.Hello(
+            name=self.name, role=self.role, incarnation=self.incarnation, protocol=1, schema=""
+        )
+        self.send(hello)
 
     def read(self) -> None:
         """Take in everything that has arrived."""
@@ -399,7 +402,11 @@ class Reward(Peer):
             score = encode_body(Score(reward=1.0))
             scores = [
                 control.Scored(
-                    fence=fence, group_id=s.group_id, index=s.index, reward=1.0, error="" if good else "timeout"
+                    fence=fence,
+                    group_id=s.group_id,
+                    index=s.index,
+                    reward=1.0,
+                    error="" if good else "timeout",
                 )
                 for s in samples
             ]
@@ -450,8 +457,8 @@ class Trainer(Peer):
     role = "trainer"
 
     def __init__(
-        self, name: str, life: int, send: Any, *, num_rollout: int | None, interval: int = 1, save_interval: int = 2,
-        prefetch: int = 1, exact: bool = True,
+        self, name: str, life: int, send: Any, *, num_rollout: int | None, interval: int = 1,
+        save_interval: int = 2, prefetch: int = 1, exact: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(name, life, send)
         self.num_rollout, self.interval, self.save_interval = num_rollout, interval, save_interval
@@ -505,8 +512,8 @@ class Trainer(Peer):
         if recorded is not None and (recorded.version, recorded.digest) == (self.step, digest):
             incarnation = recorded.incarnation
         manifest = Manifest(
-            run_id="run", version=self.step, incarnation=incarnation, step=self.step, digest=digest, num_bytes=0,
-            tensors=[], path=self.incarnation,
+            run_id="run", version=self.step, incarnation=incarnation, step=self.step, digest=digest,
+            num_bytes=0, tensors=[], path=self.incarnation,
         )  # fmt: skip
         self.say("version", self.step, control.Published(manifest=manifest))
 
@@ -530,8 +537,9 @@ class Trainer(Peer):
         self.trained.append((batch, groups))
         self.step += 1
         message = control.Trained(
-            batch=batch, incarnation=self.number, step=self.step, digest=f"digest{self.step}", started=0.0, ended=1.0
-        )
+            batch=batch, incarnation=self.number, step=self.step, digest=f"digest{self.step}", started=0.0,
+            ended=1.0,
+        )  # fmt: skip
         self.say("trained", batch, message)
         last = self.step == self.num_rollout
         if self.step % self.interval == 0 or last:

@@ -1,4 +1,4 @@
-"""A whole run around a `Desk`: who is here, what is on the way, what was promised, and what must always hold."""
+"""A whole run around a `Desk`: who is here, what was promised, and what must always hold."""
 
 from __future__ import annotations
 
@@ -229,15 +229,16 @@ class World:
         """Where a run that does not end stands."""
         ledger = self.desk.ledger
         workers = [
-            (w.name, dict(w.credit), w.credit_bytes, w.version, w.version_incarnation, sorted(w.leases), w.alone)
+            (w.name, dict(w.credit), w.credit_bytes, w.version, sorted(w.leases), w.alone)
             for w in ledger.fleet.workers.values()
         ]
+        batches, versions = ledger.batches, ledger.versions
         return (
-            f"not finished: {ledger.counts()}, next batch {ledger.batches.next_batch} of {ledger.batches.target}, "
-            f"trained {ledger.batches.num_trained}, saved {ledger.saved}, published {ledger.versions.published}, "
-            f"announced {ledger.versions.announced}, held {ledger.versions.held} {ledger.versions.available}, "
-            f"evaluation {ledger.versions.evaluation}, failure {ledger.failure!r}, workers {workers}, dues "
-            f"{ledger.batches.dues}, fresh {len(ledger.queues.fresh)}, ended {ledger.source_ended}"
+            f"not finished: {ledger.counts()}, next batch {batches.next_batch} of {batches.target}, trained "
+            f"{batches.num_trained}, saved {ledger.saved}, published {versions.published}, announced "
+            f"{versions.announced}, held {versions.held}, available {versions.available}, evaluation "
+            f"{versions.evaluation}, failure {ledger.failure!r}, workers {workers}, dues {batches.dues}, "
+            f"fresh {len(ledger.queues.fresh)}, ended {ledger.source_ended}"
         )
 
     # Invariants.
@@ -248,7 +249,7 @@ class World:
         assert ledger.batches.outstanding <= ledger.batches.tickets, "tickets bound what is outstanding"
         if ledger.config.on_straggler == "wait":
             batches = ledger.batches
-            assert feasible(batches.dues, batches.next_batch, batches.batch_size), "every group can be in time"
+            assert feasible(batches.dues, batches.next_batch, batches.batch_size), "each can be in time"
         for worker in ledger.fleet.workers.values():
             assert all(credit >= 0 for credit in worker.credit.values()), (worker.name, worker.credit)
             held = {f for f, x in ledger.fleet.leases.items() if x.worker == worker.name}
@@ -258,7 +259,7 @@ class World:
         totals = ledger.book.totals
         live = sum(group.tokens for group in ledger.book.groups.values())
         batched = sum(r.tokens for r in ledger.batches.records.values() if not r.trained)
-        settled = sum(n for name, n in totals.items() if name.startswith("settled.") and name.endswith(".tokens"))
+        settled = sum(n for name, n in totals.items() if name.startswith("settled.") and "tokens" in name)
         assert totals["received.tokens"] == live + batched + settled + totals["regenerated.tokens"]
 
     def check_places(self) -> None:
@@ -283,7 +284,9 @@ class World:
                     SCORING: leased[(Kind.SCORE, *here)] == 1,
                     SCORED: True,
                 }  # fmt: skip
-                assert waits[sample.state], f"group {number} sample {sample.index} is {sample.state} and nowhere"
+                assert waits[sample.state], (
+                    f"group {number} sample {sample.index} is {sample.state} and nowhere"
+                )
             if all(sample.state == SCORED for sample in group.samples):
                 ready = group.state == READY and number in ledger.batches.ready
                 at_filter = number in queues.to_filter or group.fence in ledger.fleet.leases

@@ -1,7 +1,7 @@
 """The real ledger under any order of events, with crashes of the desk among them.
 
-Peers are scripts (`ledger_cast`); what must hold is in `ledger_world.World.check`. At the end of every example
-the peers do their work, and the run has to end with every group settled once.
+Peers are scripts (`ledger_cast`); what must hold is in `ledger_world.World.check`. At the end of every
+example the peers do their work, and the run has to end with every group settled once.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ TestLedgerMachine.settings = settings(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_long_runs_of_likely_events(seed: int, tmp_path: Path) -> None:
-    """Mostly work, with a fault now and then: gets further into a run than a search for short failures does."""
+    """Mostly work, with a fault now and then: gets further into a run than a search does."""
     draw = random.Random(seed)
     staleness = 1 + seed % 3
     config = LedgerConfig(

@@ -1,4 +1,4 @@
-"""What is written is there, what is not written does not count, and a rebuilt ledger is the one that was lost."""
+"""What is written is there, what is not does not count, and a rebuilt ledger is the one that was lost."""
 
 from __future__ import annotations
 
@@ -62,6 +62,26 @@ def test_a_torn_tail_is_never_read_and_never_written_behind(tmp_path: Path) -> N
     second.close()
 
 
+def test_after_a_failed_sync_nothing_is_built_on_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync that failed may succeed when tried again, without the data being there."""
+    segments = Segments(tmp_path)
+    (kept,) = segments.append([b"kept"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            segments.append([b"lost"])
+    (place,) = segments.append([b"after"])
+    assert place == Location(kept.file + 1, 0, 5)
+    assert segments.read(place) == b"after"
+    segments.close()
+
+
+def no_space(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_a_body_that_was_cut_off_is_an_error_by_name(tmp_path: Path) -> None:
     segments = Segments(tmp_path)
     (place,) = segments.append([b"0123456789"])
@@ -80,7 +100,10 @@ def issue(desk: Desk, count: int = 3) -> None:
     """The source hands in `count` prompts."""
     first = desk.ledger.book.next_group
     message = Issue(
-        lane=Lane.TRAIN, first_group=first, prompts=[Issued(GROUP_SIZE, 3)] * count, cursor=b"%d" % (first + count)
+        lane=Lane.TRAIN,
+        first_group=first,
+        prompts=[Issued(GROUP_SIZE, 3)] * count,
+        cursor=b"%d" % (first + count),
     )
     desk.ledger.issue(message, [frame(b"p" * 5000)] * count, desk.now)
 
@@ -112,12 +135,9 @@ def test_a_disk_that_does_not_sync_raises_and_its_file_is_given_up(
     desk.commit()
     file = desk.store.db.execute("select max(file) from bodies").fetchone()[0]
 
-    def fail(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
     issue(desk)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", fail)
+        patch.setattr(os, "fdatasync", no_space)
         with pytest.raises(StorageError, match="No space left"):
             desk.commit()
     rows = desk.store.db.execute("select count(*) from groups").fetchone()
@@ -149,7 +169,17 @@ def test_the_default_survives_a_power_cut(tmp_path: Path) -> None:
 
 def lease_rows(ledger: Ledger) -> list[Any]:
     return [
-        (x.fence, x.kind, x.worker, x.incarnation, x.group_id, x.indices, x.remaining, x.version, x.progressed)
+        (
+            x.fence,
+            x.kind,
+            x.worker,
+            x.incarnation,
+            x.group_id,
+            x.indices,
+            x.remaining,
+            x.version,
+            x.progressed,
+        )
         for x in sorted(ledger.fleet.leases.values(), key=lambda x: x.fence)
     ]
 
@@ -159,8 +189,8 @@ def group_rows(ledger: Ledger) -> list[Any]:
     for g in sorted(ledger.book.groups.values(), key=lambda g: g.group_id):
         samples = [
             (
-                s.index, s.state, s.status, s.tokens, s.bodies, s.body_bytes, s.score_bytes, s.fence, s.attempts,
-                s.worker, s.oldest, s.newest, s.reward, s.removed, s.score_body,
+                s.index, s.state, s.status, s.tokens, s.bodies, s.body_bytes, s.score_bytes, s.fence,
+                s.attempts, s.worker, s.oldest, s.newest, s.reward, s.removed, s.score_body,
             )
             for s in g.samples
         ]  # fmt: skip
@@ -200,7 +230,13 @@ def dump(ledger: Ledger, members: Members) -> dict[str, Any]:
         "groups": group_rows(ledger),
         "leases": lease_rows(ledger),
         "waiting": waiting(ledger),
-        "batches": (batches.records, batches.next_batch, batches.published, batches.num_trained, batches.target),
+        "batches": (
+            batches.records,
+            batches.next_batch,
+            batches.published,
+            batches.num_trained,
+            batches.target,
+        ),
         "dues": dict(batches.dues),
         "ready": batches.ready,
         "totals": {name: value for name, value in book.totals.items() if value},

@@ -1,6 +1,6 @@
 """The benchmarks of the README, all or some, one after the other.
 
-    python -m tools.bench [engine buffer overlap job cli] [--quick] [--json DIR]
+python -m tools.bench [engine buffer overlap job cli] [--quick] [--json DIR]
 """
 
 from __future__ import annotations

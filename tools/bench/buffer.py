@@ -87,7 +87,16 @@ def run(options: Options) -> Section:
 
 
 def _rates(by_tokens: dict[int, list[Run]]) -> Table:
-    columns = ["tokens/sample", "samples/s", "tokens/s", "bodies MB/s", "bare loop MB/s", "ratio", "commits", "cpu us"]
+    columns = [
+        "tokens/sample",
+        "samples/s",
+        "tokens/s",
+        "bodies MB/s",
+        "bare loop MB/s",
+        "ratio",
+        "commits",
+        "cpu us",
+    ]
     rows = []
     for tokens, runs in by_tokens.items():
         ratio = statistics.median(r.mb_per_s / r.bare_mb_per_s for r in runs)
@@ -103,7 +112,11 @@ def _rates(by_tokens: dict[int, list[Run]]) -> Table:
                 number(statistics.median(r.cpu_us for r in runs)),
             ]
         )
-    return Table(title="median (range) of repeats; cpu us: processor time of the buffer for each sample", columns=columns, rows=rows)
+    return Table(
+        title="median (range) of repeats; cpu us: processor time of the buffer for each sample",
+        columns=columns,
+        rows=rows,
+    )
 
 
 def _memory(runs: list[Run], batches: int) -> Table:
@@ -122,9 +135,7 @@ def _targets(by_tokens: dict[int, list[Run]]) -> list[Target]:
     return [
         Target(what=f"through all stages at {tokens} tokens", value=rate, bound=bound, unit=" samples/s"),
         Target(what=f"bodies at {large:,} tokens", value=flow, bound=megabytes, unit=" MB/s"),
-        Target(
-            what="memory after 10x the groups", value=growth, bound=1.1, unit="x", at_least=False
-        ),
+        Target(what="memory after 10x the groups", value=growth, bound=1.1, unit="x", at_least=False),
     ]
 
 
@@ -177,7 +188,7 @@ async def _joined(peers: Sequence[Peer], address: str, child: Process) -> AsyncI
 
 
 async def _alive(child: Process) -> None:
-    """waits for: the buffer's end, which is an error as long as somebody waits for it"""
+    """Waits for: the buffer's end, which is an error as long as somebody waits for it"""
     code = await child.wait()
     raise RunError(f"the buffer ended with exit code {code}; see its log")
 
@@ -192,8 +203,8 @@ async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncI
     control = bind("tcp://127.0.0.1:0", receives=ToSupervisor)
     arguments = [
         *(["--profile", str(profile)] if profile else []), str(directory), "buffer", "--attempt-dir",
-        str(log.parent), "--control", control.address, "--buffer", "tcp://127.0.0.1:0", "--incarnation", "bench",
-        "--parent", str(os.getpid()),
+        str(log.parent), "--control", control.address, "--buffer", "tcp://127.0.0.1:0",
+        "--incarnation", "bench", "--parent", str(os.getpid()),
     ]  # fmt: skip
     with (log / "buffer.out").open("wb") as output:
         child = await asyncio.create_subprocess_exec(
@@ -215,6 +226,7 @@ async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncI
     finally:
         if child.returncode is None:
             child.kill()
+            await child.wait()
         await control.close(linger_s=0)
 
 
@@ -272,5 +284,3 @@ def rss_mib(pid: int) -> float:
     """Resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / MIB
-
-

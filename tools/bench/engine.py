@@ -4,18 +4,13 @@
 are drawn beforehand and imposed on both. `generate` runs each batch to its longest answer, at batch 32, 64
 and 256, and its best median counts; only useful tokens count. The sides take turns, so that noise hits both.
 
-    python tools/bench/engine.py [--repeats 5] [--threads 1] [--json FILE]
+A part of `python -m tools.bench`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
-import platform
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +24,7 @@ from asyncrl.engines.base import GenerateRequest, SamplingParams
 from asyncrl.engines.embedded import Embedded
 from asyncrl.engines.text import decode_letters
 from asyncrl.messages.sample import logprobs_of, pack_tokens, tokens_of
+from tools.bench.report import Options, Section, Table, Target, spread
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS = 32, 8, 12
 NUM_ANSWERS = NUM_PROMPTS * GROUP_SIZE
@@ -38,6 +34,9 @@ VOCAB = 64
 MEDIAN, SIGMA, SHORTEST, LONGEST = 25, 0.6, 4, 128
 UNIFORM_TOKENS = 32
 TARGET = 3.0
+HIDDEN, LAYERS = 96, 3
+THREADS = 1
+"""torch threads of both sides."""
 
 Answers = list[tuple[np.ndarray, np.ndarray]]
 """Per answer: tokens [R], log-probabilities [R]."""
@@ -198,68 +197,39 @@ def summarise(rates: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def show(report: dict[str, Any]) -> None:
-    """The table."""
-    print("  ".join(f"{key} {value}" for key, value in (report["machine"] | report["settings"]).items()))
-    print(f"{'lengths':<11}{'tokens':>7}{'side':>15}{'tokens/s (median)':>20}{'engine is faster by':>21}")
-    for kind, summary in report["summary"].items():
-        result = report["rates"][kind]
-        for side, median in summary["medians"].items():
-            ratio = "" if side == "engine" else f"{summary['medians']['engine'] / median:.2f}x"
-            print(f"{kind:<11}{result['tokens']:>7}{side:>15}{median:>20,.0f}{ratio:>21}")
-        low, middle, high = summary["paired"]
-        print(
-            f"  best of generate: {summary['best_generate']}; ratio of medians {summary['ratio']:.2f}x, "
-            f"paired {middle:.2f}x ({low:.2f}-{high:.2f}); longest answer {result['longest']}; "
-            f"log-probabilities agree with the forward to {result['worst_logprob_difference']:.1e}"
-        )
-    verdict = "met" if report["summary"]["lognormal"]["ratio"] >= TARGET else "MISSED"
-    print(f"target: {TARGET:.0f}x on lognormal lengths: {verdict}")
-
-
-def main() -> None:
-    """Measure, print, and write the report where asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hidden", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the report here too")
-    options = parser.parse_args()
+def run(options: Options) -> Section:
+    """Measure both distributions; see the module's docstring."""
+    repeats = options.choose(quick=1, normal=5, full=9)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory)
-        model = make_model(path, seed=options.seed, hidden=options.hidden, layers=options.layers)
-        rates = asyncio.run(
-            measure(model, path, repeats=options.repeats, threads=options.threads, seed=options.seed)
-        )
-    settings = {
-        name: getattr(options, name) for name in ("seed", "repeats", "threads", "hidden", "layers")
-    } | {"parameters": model.num_parameters()}
-    report = {"machine": machine(), "settings": settings, "rates": rates, "summary": summarise(rates)}
-    show(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    path = options.work / "model"
+    model = make_model(path, seed=options.seed, hidden=HIDDEN, layers=LAYERS)
+    rates = asyncio.run(measure(model, path, repeats=repeats, threads=THREADS, seed=options.seed))
+    summary = summarise(rates)
+    ratio = summary["lognormal"]["ratio"]
+    settings = {"seed": options.seed, "repeats": repeats, "threads": THREADS}
+    return Section(
+        name="engine",
+        title="the embedded engine against transformers generate, useful tokens only",
+        settings=settings | {"hidden": HIDDEN, "layers": LAYERS, "parameters": model.num_parameters()},
+        tables=[_table(kind, summary[kind], rates[kind]) for kind in summary],
+        targets=[
+            Target(what="lognormal lengths, over generate's best", value=ratio, bound=TARGET, unit="x")
+        ],
+        data={"rates": rates, "summary": summary},
+    )  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+def _table(kind: str, summary: dict[str, Any], result: dict[str, Any]) -> Table:
+    engine = summary["medians"]["engine"]
+    rows = [
+        [side, spread(result["tokens_per_s"][side]), "" if side == "engine" else f"{engine / median:.2f}x"]
+        for side, median in summary["medians"].items()
+    ]
+    low, middle, high = summary["paired"]
+    title = (
+        f"{kind}: {result['tokens']} tokens, longest answer {result['longest']}; over "
+        f"{summary['best_generate']} {summary['ratio']:.2f}x, paired {middle:.2f}x ({low:.2f}-{high:.2f}); "
+        f"log-probabilities agree with the forward to {result['worst_logprob_difference']:.1e}"
+    )
+    return Table(title=title, columns=["side", "tokens/s, median (range)", "engine is faster by"], rows=rows)

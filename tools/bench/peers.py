@@ -175,8 +175,8 @@ class Generator(Peer):
         tokens, spans = self.bodies.tokens, [Span(self.version, 1, self.bodies.tokens)]
         reports = [
             Report(
-                fence=lease.fence, group_id=lease.parts.group_id, index=index, status=Status.COMPLETED, offset=0,
-                num_tokens=tokens, spans=spans,
+                fence=lease.fence, group_id=lease.parts.group_id, index=index, status=Status.COMPLETED,
+                offset=0, num_tokens=tokens, spans=spans,
             )
             for lease in message.leases
             for index in lease.parts.indices
@@ -256,12 +256,18 @@ class Trainer(Peer):
     async def _publish(self, version: int) -> None:
         digest = f"{version:032x}"
         manifest = Manifest(
-            run_id="bench", version=version, incarnation=1, step=version, digest=digest, num_bytes=0, tensors=[]
+            run_id="bench",
+            version=version,
+            incarnation=1,
+            step=version,
+            digest=digest,
+            num_bytes=0,
+            tensors=[],
         )
         await self.send(Published(manifest=manifest))
 
     async def reached(self, batches: int) -> None:
-        """waits for: so many batches trained    unblocked by: the buffer; the caller has the deadline"""
+        """Waits for: so many batches trained    unblocked by: the buffer; the caller has the deadline"""
         while len(self.trained) < batches:
             self.changed.clear()
             await self.changed.wait()

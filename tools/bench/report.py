@@ -61,7 +61,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def verdict(self) -> str:
-        """ "met", or by how much it was missed."""
+        """The word met, or by how much it was missed."""
         if self.met:
             return "met"
         gap = abs(self.value - self.bound)
