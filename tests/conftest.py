@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import children, wait_until
+from tests.support.processes import children, is_pythons_own, wait_until
 from tests.support.world import make_model
 
 LEAVE_S = 5.0
-"""How long processes may take to go after the test that started them."""
+"""How long processes and tasks may take to go after the test that started them."""
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +28,24 @@ def _no_leaked_processes() -> Iterator[None]:
     """A test ends with the child processes it began with."""
     before = children(os.getpid())
     yield
-    wait_until(
-        lambda: children(os.getpid()) <= before,
-        "child processes of the test to end",
-        deadline_s=LEAVE_S,
-        show=lambda: children(os.getpid()) - before,
-    )
+
+    def left() -> set[int]:
+        return {pid for pid in children(os.getpid()) - before if not is_pythons_own(pid)}
+
+    wait_until(lambda: not left(), "child processes of the test to end", deadline_s=LEAVE_S, show=left)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_tasks(request: pytest.FixtureRequest) -> None:
+    """A coroutine test, and its fixtures, end with the tasks they began with."""
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        request.getfixturevalue("_task_watch")
+
+
+@pytest.fixture
+async def _task_watch() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    pending = (await asyncio.wait(left, timeout=LEAVE_S))[1] if left else set()
+    assert not pending, f"the test left tasks running: {pending}"

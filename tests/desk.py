@@ -234,7 +234,7 @@ class Desk:
         if transaction.empty:
             return False
         self.store.write(transaction)
-        self.batches += transaction.deliver
+        self.batches += [batch for _, batch in transaction.deliver]
         for version, incarnation in transaction.evaluated:
             self.members.evaluation_seen(version, incarnation)
         for item in transaction.sends:

@@ -54,7 +54,7 @@ class Book:
         self._rows: list[tuple[str, tuple[Any, ...]]] = []
         self._sends: list[Outgoing] = []
         self._acks: dict[bytes, list[Ack]] = {}
-        self._deliver: list[int] = []
+        self._deliver: list[tuple[bytes, int]] = []
         self._evaluated: list[tuple[int, int]] = []
         self._forget: list[int] = []
         self._totals_written: Counter[str] = Counter()
@@ -164,9 +164,9 @@ class Book:
         """An acknowledgement that leaves after the commit, together with the peer's others."""
         self._acks.setdefault(peer, []).append(ack)
 
-    def deliver(self, batch: int) -> None:
+    def deliver(self, peer: bytes, batch: int) -> None:
         """Hand a recorded batch to the trainer, after the commit."""
-        self._deliver.append(batch)
+        self._deliver.append((peer, batch))
 
     def deliver_evaluation(self, version: int, incarnation: int) -> None:
         """Hand a finished evaluation to the evaluator, after the commit."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from asyncrl.buffer.segments import Location
 from asyncrl.buffer.states import Outgoing
-from asyncrl.buffer.store import RecordedGroup, Store, batch_groups, evaluation_groups
+from asyncrl.buffer.store import RecordedGroup, Store, evaluation_groups
 from asyncrl.messages.control import BatchPart, Evaluated, Message
 from asyncrl.messages.parts import GroupParts
 
@@ -70,7 +70,7 @@ class Courier:
         row = self._store.db.execute(
             "select digest from trained where batch = ? order by incarnation desc limit 1", (batch,)
         ).fetchone()
-        pieces = self._split(batch_groups(self._store.db, batch))
+        pieces = self._split(self._store.batch(batch))
         for part, (groups, places, num_bytes) in enumerate(pieces):
             message = BatchPart(
                 batch=batch,

@@ -75,7 +75,8 @@ class Pump:
     # Leases.
 
     def _lease(self, now: float) -> None:
-        for worker in list(self.ledger.fleet.workers.values()):
+        # Whoever holds least is served first, so that two workers with room for all share the work.
+        for worker in sorted(self.ledger.fleet.workers.values(), key=lambda w: len(w.leases)):
             if worker.alone:
                 continue
             leases: list[Lease] = []
@@ -235,7 +236,7 @@ class Pump:
                 return
             trainer.credit[Kind.TRAIN] -= 1
             ledger.batches.on_delivery = batch + 1
-            ledger.book.deliver(batch)
+            ledger.book.deliver(trainer.peer, batch)
 
     def _next_batch(self, now: float) -> int | None:
         ledger, batches = self.ledger, self.ledger.batches

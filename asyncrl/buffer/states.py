@@ -174,8 +174,8 @@ class Transaction:
     rows: list[tuple[str, tuple[Any, ...]]]
     """(statement name of the store, parameters), in order."""
     sends: list[Outgoing]
-    deliver: list[int]
-    """Batches to hand to the trainer."""
+    deliver: list[tuple[bytes, int]]
+    """(trainer's peer, batch): recorded batches to hand out."""
     evaluated: list[tuple[int, int]]
     """(version, incarnation) of evaluations to hand to the evaluator."""
     forget: list[int]

@@ -49,13 +49,15 @@ class Store:
         self.path = run_dir / DATABASE
         self._locations: dict[int, Location] = {}
         self._recent = Recent(max_bytes=RECENT_BYTES)
+        self._cut: dict[int, list[RecordedGroup]] = {}
+        """Batches of the last transaction: they are delivered right after it."""
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self.segments = Segments(run_dir / BODIES, segment_bytes=segment_bytes)
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             self._db.execute("pragma journal_mode = wal")
             self._db.execute(f"pragma synchronous = {synchronous}")
-            self._db.execute("pragma cache_size = -65536")
+            self._db.execute("pragma cache_size = -16384")
             self._db.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(f"{self.path}: cannot open the ledger: {error}") from error
@@ -67,6 +69,7 @@ class Store:
 
     def write(self, transaction: Transaction) -> None:
         """Commit everything in the transaction. Raises StorageError; then none of it counts as written."""
+        self._cut.clear()
         try:
             locations = self.segments.append([body.data for body in transaction.bodies])
             self._db.execute("begin immediate")
@@ -111,7 +114,8 @@ class Store:
         for name, values in rows:
             if name == "batch":
                 batch, groups, samples, tokens, seq, at = values
-                yield name, (batch, groups, samples, tokens, batch_digest(self._db, batch), seq, at)
+                self._cut[batch] = batch_groups(self._db, batch)
+                yield name, (batch, groups, samples, tokens, digest_of(self._cut[batch]), seq, at)
             else:
                 yield name, values
 
@@ -141,6 +145,11 @@ class Store:
                 raise StorageError(f"{self.path}: there is no body {body_id}")
             location = Location(*row)
         return location
+
+    def batch(self, batch: int) -> list[RecordedGroup]:
+        """The groups of a recorded batch, in order."""
+        cut = self._cut.get(batch)
+        return batch_groups(self._db, batch) if cut is None else cut
 
     def places(self, group: RecordedGroup) -> list[Location]:
         """Where a recorded group's bodies lie, in order. Raises StorageError when one has no row."""
@@ -192,8 +201,13 @@ def batch_parts(db: sqlite3.Connection, batch: int) -> list[tuple[GroupParts, li
 
 def batch_digest(db: sqlite3.Connection, batch: int) -> str:
     """xxh3-128 over the digests of every body of a batch, in the order it is delivered."""
+    return digest_of(batch_groups(db, batch))
+
+
+def digest_of(groups: Iterable[RecordedGroup]) -> str:
+    """The same, of groups that have been read."""
     digest = xxhash.xxh3_128()
-    for group in batch_groups(db, batch):
+    for group in groups:
         digest.update(f"{group.parts.group_id}:{group.parts.removed}".encode())
         for body in group.digests:
             digest.update(body.encode())

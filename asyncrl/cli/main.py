@@ -187,7 +187,7 @@ def story(
     """Tell everything that happened to a group or a sample."""
     from asyncrl.cli import records
 
-    _leave(records.story(run, uid))
+    records.story(run, uid)
 
 
 @app.command()

@@ -27,15 +27,13 @@ def open_source(plan: Plan, run_dir: Path) -> PromptSource:
         )
     if source.prompt_data is None:
         raise DataError("source.prompt_data: no file is named; give one, or source.data_source_path")
-    # Under run.num_rollout the number of steps decides, not the epochs: the data repeat.
-    num_epoch = None if plan.topology.run.num_rollout is not None else source.num_epoch
     return JsonlSource.open(
         source.prompt_data,
         tokenizer=tokenizer,
         spec=spec,
         rollout_shuffle=source.rollout_shuffle,
         rollout_seed=source.rollout_seed,
-        num_epoch=num_epoch,
+        num_epoch=source.num_epoch,
         on_bad_line=source.on_bad_line,
         option="source.prompt_data",
     )

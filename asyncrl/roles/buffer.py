@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import shutil
 import sys
 import time
@@ -36,6 +37,8 @@ from asyncrl.obs.view import PhaseUpdate, QueueUpdate
 
 SWITCH_S = 0.0005
 """Longest wait of one of the buffer's two threads for the other, in its own process."""
+GC_THRESHOLD = (50_000, 20, 50)
+"""When the cycle collector runs there; Python's own default is (700, 10, 10)."""
 
 
 class BufferRole(Actor):
@@ -72,6 +75,9 @@ class BufferRole(Actor):
             # The store's thread gives the interpreter's lock up for every call into SQLite, and a busy loop
             # hands it back only after this long (5 ms by default): commits would crawl under load.
             sys.setswitchinterval(SWITCH_S)
+            # None of the many small records is part of a cycle: looking for one again and again is lost time.
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLD)
         self._store = await self.compute(
             lambda: Store(self.context.run_dir, segment_bytes=options.segment_bytes)
         )
@@ -197,10 +203,9 @@ class BufferRole(Actor):
         assert self._courier is not None
         self.store.write(transaction)
         outgoing = [(item, self.store.read(item.bodies)) for item in transaction.sends]
-        trainer, evaluator = self.ledger.fleet.only("trainer"), self.ledger.fleet.only("evaluator")
-        if trainer is not None:
-            for batch in transaction.deliver:
-                self._courier.queue_batch(trainer.peer, batch)
+        for peer, batch in transaction.deliver:
+            self._courier.queue_batch(peer, batch)
+        evaluator = self.ledger.fleet.only("evaluator")
         if evaluator is not None:
             for version, incarnation in transaction.evaluated:
                 self._courier.queue_evaluation(evaluator.peer, version, incarnation)

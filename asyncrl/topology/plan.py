@@ -130,8 +130,11 @@ def resolve(topology: Topology) -> Topology:
     assert not isinstance(knobs, str), knobs
     rollout, trainer, algorithm = topology.rollout, topology.trainer, topology.algorithm
     size = rollout.over_sampling_batch_size or rollout.rollout_batch_size
+    # A number of steps that was asked for decides, not the epochs: the data repeat.
+    num_epoch = None if topology.run.num_rollout is not None else topology.source.num_epoch
     return msgspec.structs.replace(
         topology,
+        source=msgspec.structs.replace(topology.source, num_epoch=num_epoch),
         rollout=msgspec.structs.replace(
             rollout, max_refused_per_step=rollout.max_refused_per_step or REFUSED_BATCHES * size
         ),

@@ -63,7 +63,9 @@ def test_a_killed_launch_takes_its_children_along_and_resumes(
     assert_closed(run.path)
     assert reasons(run.path)["trained"] == 5 * 4
     # What the second life trained again came out the same.
-    twice = rows(run.path, "select batch, count(distinct digest) from trained group by batch having count(*) > 1")
+    twice = rows(
+        run.path, "select batch, count(distinct digest) from trained group by batch having count(*) > 1"
+    )
     assert twice
     assert all(digests == 1 for _, digests in twice)
 
@@ -88,7 +90,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, model: Path, slow: dic
 
 def test_a_spent_restart_budget_ends_the_run_in_words(tmp_path: Path, model: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "import os\n\n\nasync def generate(args, sample, sampling_params):\n    os._exit(7)\n", encoding="utf-8"
+        "import os\n\n\nasync def generate(args, sample, sampling_params):\n    os._exit(7)\n",
+        encoding="utf-8",
     )
     options = {"rollout.custom_generate_function_path": "mine.py:generate", "run.max_restarts": 1}
     with launched(tmp_path, model, options) as run:

@@ -24,12 +24,11 @@ def kill_at_work(run: Run, name: str, kind: str) -> None:
     """SIGKILL a worker that holds a lease; the rows show that it did, who noticed when, and who took over."""
     pid = run.pid(name)
     incarnation = run.until(AT_WORK[kind], name)
-    assert one(run.path, "select pid from members where incarnation = ? and name = ?", incarnation, name) == pid
+    assert one(run.path, "select pid from members where incarnation = ?", incarnation) == pid
     family = descendants(pid)
     killed = kill(pid)
-    run.until(
-        "select 1 from members where incarnation = ? and left_at is not null", incarnation, deadline_s=NOTICED_S
-    )
+    gone = "select 1 from members where incarnation = ? and left_at is not null"
+    run.until(gone, incarnation, deadline_s=NOTICED_S)
     left = one(run.path, "select left_at from members where incarnation = ?", incarnation)
     assert 0 <= left - killed < NOTICED_S
     lost = rows(

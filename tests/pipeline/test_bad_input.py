@@ -21,7 +21,7 @@ from tests.support.processes import wait_until
 from tests.support.world import write_prompts, write_topology
 
 PREFLIGHT_S = 3.0
-"""How long a launch that cannot start may take to say so: processor time, which a busy machine does not stretch."""
+"""Processor time (which a busy machine does not stretch) that a launch may need to say what is wrong."""
 
 
 def refused(said: Said, *words: str, code: ExitCode = ExitCode.CONFIG) -> None:
@@ -184,7 +184,9 @@ def test_what_is_no_run_is_named(tmp_path: Path, command: tuple[str, ...]) -> No
 
 
 def test_a_run_directory_of_a_live_run_is_refused(tmp_path: Path, model: Path) -> None:
-    slow = {"generator.scripted": {"median": 16.0, "max_tokens": 16, "vocab_size": 90, "token_latency_s": 0.5}}
+    slow = {
+        "generator.scripted": {"median": 16.0, "max_tokens": 16, "vocab_size": 90, "token_latency_s": 0.5}
+    }
     with launched(tmp_path, model, slow) as run:
         wait_until(lambda: run.status.get("pid"), "the run to hold its directory", show=lambda: run.text)
         topology = tmp_path / "topology.toml"

@@ -10,12 +10,15 @@ from asyncrl.buffer.records import Records
 from asyncrl.errors import ExitCode
 from tests.support.books import assert_closed, one, reasons, rows
 from tests.support.inside import Finished, run_inside
+from tests.support.world import write_prompts
 
 EMBEDDED = {"generator.engine": "embedded", "generator.scripted": None}
 SYNCHRONOUS = {"rollout.max_staleness": 0, "generator.on_new_weights": "finish"}
 SLOW_ANSWERS = {
-    # 32 tokens of 5 ms: an answer outlasts several pushes.
-    "generator.scripted": {"median": 32.0, "sigma": 0.0, "max_tokens": 32, "vocab_size": 90, "token_latency_s": 0.005},
+    # Every answer has 32 tokens of 5 ms: it outlasts several pushes.
+    "generator.scripted": {
+        "median": 32.0, "sigma": 0.0, "max_tokens": 32, "vocab_size": 90, "token_latency_s": 0.005
+    },
     "rollout.rollout_max_response_len": 32,
 }  # fmt: skip
 
@@ -77,28 +80,30 @@ def test_aborted_answers_are_resumed_under_the_next_version(tmp_path: Path, mode
     assert_closed(run.path)
     assert one(run.path, "select sum(aborted) from swaps") > 0
     assert any(len(versions) > 1 for _, versions in spans(run))
-    assert rows(
-        run.path,
-        "select group_id, idx from bodies where kind = 'segment' group by 1, 2 having count(distinct fence) > 1",
+    resumed = (
+        "select group_id, idx from bodies where kind = 'segment' group by 1, 2"
+        " having count(distinct fence) > 1"
     )
+    assert rows(run.path, resumed)
 
 
 def test_dynamic_sampling_replaces_what_it_refuses(tmp_path: Path, model: Path) -> None:
-    run = run_inside(
-        tmp_path, model, {"rollout.dynamic_sampling_filter_path": "plugins.filters:nonzero_std"}
-    )
+    run = run_inside(tmp_path, model, {"rollout.dynamic_sampling_filter_path": "plugins.filters:nonzero_std"})
     assert run.code == ExitCode.FINISHED
     assert_closed(run.path)
     assert reasons(run.path)["filtered"] > 0
     assert reasons(run.path)["trained"] == 12
-    same = "select group_id from samples join groups using (group_id) where reason = ? group by 1 having {} = 1"
-    assert rows(run.path, same.format("count(distinct reward)"), "trained") == []
-    assert len(rows(run.path, same.format("count(distinct reward)"), "filtered")) == reasons(run.path)["filtered"]
+    equal = (
+        "select group_id from samples join groups using (group_id) where reason = ?"
+        " group by 1 having count(distinct reward) = 1"
+    )
+    assert rows(run.path, equal, "trained") == []
+    assert len(rows(run.path, equal, "filtered")) == reasons(run.path)["filtered"]
 
 
 def test_a_group_reward_sees_whole_groups(tmp_path: Path, model: Path) -> None:
     (tmp_path / "ranks.py").write_text(
-        "def ranks(samples):\n    return [float(position * len(samples)) for position in range(len(samples))]\n",
+        "def ranks(samples):\n    return [float(i * len(samples)) for i in range(len(samples))]\n",
         encoding="utf-8",
     )
     run = run_inside(
@@ -142,8 +147,6 @@ def test_a_custom_generate_function_writes_the_answers(tmp_path: Path, model: Pa
 @pytest.mark.parametrize("partial", [False, True])
 def test_the_remainder_of_the_data(tmp_path: Path, model: Path, *, partial: bool) -> None:
     """10 prompts in batches of 4: the last two are left over, or trained as a smaller batch."""
-    from tests.support.world import write_prompts
-
     write_prompts(tmp_path / "prompts.jsonl", count=10)
     run = run_inside(
         tmp_path,

@@ -165,9 +165,7 @@ class Run(Job):
 
 
 @contextmanager
-def launched(
-    place: Path, model: Path, options: Options | None = None, *, name: str = "run"
-) -> Iterator[Run]:
+def launched(place: Path, model: Path, options: Options | None = None, *, name: str = "run") -> Iterator[Run]:
     """A new run, live."""
     topology = write_topology(place, model, options)
     arguments = ("launch", "--topology", topology, "--name", name, "--plain")

@@ -47,12 +47,20 @@ def alive(pid: int) -> bool:
 def children(parent: int) -> set[int]:
     """Living children of a process."""
     found = set()
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            facts = stat(int(name))
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            facts = stat(int(entry.name))
             if facts is not None and facts[0] == parent and facts[1] not in "ZX":
-                found.add(int(name))
+                found.add(int(entry.name))
     return found
+
+
+def is_pythons_own(pid: int) -> bool:
+    """Whether a process is a helper of `multiprocessing`, which lives as long as the interpreter."""
+    try:
+        return b"multiprocessing." in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def descendants(parent: int) -> set[int]:

@@ -127,7 +127,7 @@ class Desk:
         self.store.write(transaction)
         out = [(item, self.store.read(item.bodies)) for item in transaction.sends]
         trainer, evaluator = self.ledger.fleet.only("trainer"), self.ledger.fleet.only("evaluator")
-        for batch in transaction.deliver:
+        for _, batch in transaction.deliver:
             assert trainer is not None
             self.courier.queue_batch(trainer.peer, batch)
         for version, incarnation in transaction.evaluated:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tools.bench.jobs import COMMAND, job
+from tools.bench.jobs import COMMAND, job, quickstart_overrides
 from tools.bench.report import Options, Section, Table, Target, spread
 
 QUICKSTART = Path("launchers/quickstart.toml")
@@ -56,6 +56,6 @@ def help_s() -> float:
 
 def first_step_s(options: Options, attempt: int) -> float:
     """From the start of the process to the end of batch 0's training, in the quickstart as it is shipped."""
-    overrides = [f"trainer.hf_checkpoint={options.model}"]
-    with job(QUICKSTART, options.work / "runs" / f"first-{attempt}", overrides=overrides) as launched:
+    run_dir = options.work / "runs" / f"first-{attempt}"
+    with job(QUICKSTART, run_dir, overrides=quickstart_overrides(options.model)) as launched:
         return launched.wait_trained(1, deadline_s=DEADLINE_S)[0][1] - launched.started

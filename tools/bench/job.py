@@ -106,9 +106,7 @@ def _steps(options: Options) -> int | None:
 def overrides(options: Options) -> list[str]:
     """What both sides change in the quickstart."""
     changed = [
-        f"trainer.hf_checkpoint={options.model}",
-        f"source.prompt_data={options.model / 'train.jsonl'}",
-        f'eval.eval_prompt_data=["heldout", "{options.model / "eval.jsonl"}"]',
+        *jobs.quickstart_overrides(options.model),
         f"eval.eval_interval={EVAL_INTERVAL}",
         "eval.min_final_accuracy=none",
         f"run.seed={1234 + options.seed}",

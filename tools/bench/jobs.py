@@ -89,6 +89,15 @@ def job(topology: Path, run_dir: Path, *, overrides: Sequence[str] = ()) -> Iter
         started.end()
 
 
+def quickstart_overrides(model: Path) -> list[str]:
+    """What makes the quickstart use this model directory and the prompts in it."""
+    return [
+        f"trainer.hf_checkpoint={model}",
+        f"source.prompt_data={model / 'train.jsonl'}",
+        f'eval.eval_prompt_data=["heldout", "{model / "eval.jsonl"}"]',
+    ]
+
+
 def rows(run_dir: Path, sql: str) -> list[tuple[float, ...]]:
     """Rows of a live or finished run; none while there is no table yet."""
     path = run_dir / "buffer.db"

@@ -46,8 +46,8 @@ from asyncrl.messages.version import Manifest
 
 PROMPT_TOKENS = 32
 WINDOW_BYTES = 64 << 20
-CAPACITY = 4096
-"""Samples the generator and the reward worker have room for."""
+CAPACITY = 1024
+"""Samples the generator and the reward worker have room for, where their bodies fit the window."""
 PREFETCH = 3
 """Batches the trainer has asked for."""
 
@@ -73,6 +73,12 @@ class Bodies:
             )
         )
         self.score = encode_body(Score(reward=1.0))
+
+    @property
+    def capacity(self) -> int:
+        """Samples that a worker holds: no more bytes than a window are handed in and not acknowledged."""
+        groups = min(CAPACITY, WINDOW_BYTES // len(self.segment)) // self.group_size
+        return groups * self.group_size
 
     @property
     def bytes_per_sample(self) -> float:
@@ -169,7 +175,7 @@ class Generator(Peer):
 
     async def _serve(self, version: int) -> None:
         first, self.version = self.version < 0, version
-        await self._want(CAPACITY if first else 0, WINDOW_BYTES if first else 0)
+        await self._want(self.bodies.capacity if first else 0, WINDOW_BYTES if first else 0)
 
     async def _finish(self, message: Leases, num_bytes: int) -> None:
         tokens, spans = self.bodies.tokens, [Span(self.version, 1, self.bodies.tokens)]
@@ -188,7 +194,7 @@ class Generator(Peer):
         await self.send(
             Want(
                 kind=Kind.GENERATE, samples=samples, num_bytes=num_bytes, version=self.version, incarnation=1,
-                capacity=CAPACITY,
+                capacity=self.bodies.capacity,
             )
         )  # fmt: skip
 
@@ -200,7 +206,7 @@ class Reward(Peer):
 
     async def welcome(self, welcome: Welcome) -> None:
         del welcome
-        await self._want(CAPACITY, WINDOW_BYTES)
+        await self._want(self.bodies.capacity, WINDOW_BYTES)
 
     async def take(self, message: Any, frames: list[bytes]) -> None:
         if isinstance(message, Leases):
@@ -213,7 +219,9 @@ class Reward(Peer):
             await self._want(len(scores), sum(map(len, frames)))
 
     async def _want(self, samples: int, num_bytes: int) -> None:
-        await self.send(Want(kind=Kind.SCORE, samples=samples, num_bytes=num_bytes, capacity=CAPACITY))
+        await self.send(
+            Want(kind=Kind.SCORE, samples=samples, num_bytes=num_bytes, capacity=self.bodies.capacity)
+        )
 
 
 class Trainer(Peer):
