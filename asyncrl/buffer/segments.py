@@ -107,6 +107,20 @@ class Segments:
             )
         return data
 
+    def delete_before(self, file: int) -> list[int]:
+        """Delete files with a smaller number; returns them. One that is gone already is no error."""
+        doomed = [number for number in self.files() if number < file]
+        for number in doomed:
+            descriptor = self._readers.pop(number, -1)
+            if descriptor >= 0:
+                os.close(descriptor)
+            self.path(number).unlink(missing_ok=True)
+        return doomed
+
+    def files(self) -> list[int]:
+        """Numbers of the files there are."""
+        return sorted(int(path.stem.split("-")[1]) for path in self.directory.glob("bodies-*.bin"))
+
     def close(self) -> None:
         """Close every descriptor; may be called twice."""
         for descriptor in [*self._readers.values(), self._writer]:

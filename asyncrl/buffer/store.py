@@ -57,7 +57,7 @@ class Store:
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             self._db.execute("pragma journal_mode = wal")
             self._db.execute(f"pragma synchronous = {synchronous}")
-            self._db.execute("pragma cache_size = -16384")
+            self._db.execute("pragma cache_size = -8192")
             self._db.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(f"{self.path}: cannot open the ledger: {error}") from error
@@ -161,6 +161,15 @@ class Store:
     def remember(self, body_id: int, location: Location) -> None:
         """The place of a live body, when the ledger is rebuilt."""
         self._locations[body_id] = location
+
+    def prune(self, rollout_step: int) -> list[int]:
+        """Delete body files that only batches before `rollout_step` and settled groups need; returns them."""
+        (oldest,) = self._db.execute(
+            "select min(b.file) from bodies b join groups g using (group_id)"
+            " where g.batch >= ? or (g.batch < 0 and g.reason is null)",
+            (rollout_step,),
+        ).fetchone()
+        return self.segments.delete_before(oldest) if oldest is not None else []
 
     def close(self) -> None:
         """Close files and the database; may be called twice."""

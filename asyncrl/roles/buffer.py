@@ -14,7 +14,6 @@ import gc
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -61,7 +60,6 @@ class BufferRole(Actor):
         self._store: Store | None = None
         self._courier: Courier | None = None
         self._told_end = False
-        self._commits: deque[tuple[float, int]] = deque(maxlen=64)
 
     @property
     def store(self) -> Store:
@@ -166,7 +164,7 @@ class BufferRole(Actor):
         counts = self.ledger.counts()
         used = counts.pop("tickets_used")
         free = counts.pop("tickets_free")
-        self.gauges = {f"queue/{state}": float(n) for state, n in counts.items()}
+        self.gauges |= {f"queue/{state}": float(n) for state, n in counts.items()}
         self.gauges |= {"queue/tickets_used": used, "queue/tickets_free": free}
         for reason in Settled:
             self.gauges[f"ledger/settled/{reason}"] = self.ledger.book.totals[f"settled.{reason}.groups"]
@@ -190,7 +188,7 @@ class BufferRole(Actor):
             began = time.monotonic()
             with self.waits("disk"):
                 outgoing = await self.compute(functools.partial(self._execute, transaction))
-            self._commits.append((time.monotonic() - began, len(transaction.samples)))
+            self.gauges["buffer/commit_s"] = time.monotonic() - began
             for item, frames in outgoing:
                 await self._post(item, frames)
             await self._maybe_end()
@@ -202,6 +200,8 @@ class BufferRole(Actor):
         """On the compute thread: write, then read what the messages carry."""
         assert self._courier is not None
         self.store.write(transaction)
+        if any(name == "checkpoint" for name, _ in transaction.rows):
+            self._prune()
         outgoing = [(item, self.store.read(item.bodies)) for item in transaction.sends]
         for peer, batch in transaction.deliver:
             self._courier.queue_batch(peer, batch)
@@ -210,6 +210,13 @@ class BufferRole(Actor):
             for version, incarnation in transaction.evaluated:
                 self._courier.queue_evaluation(evaluator.peer, version, incarnation)
         return outgoing + self._courier.take()
+
+    def _prune(self) -> None:
+        """A checkpoint was committed: bodies that no kept checkpoint needs may go."""
+        keep = self.plan.topology.trainer.keep_checkpoints
+        steps = sorted(self.members.checkpoints)[-keep:]
+        if self.plan.topology.buffer.keep == "checkpoint" and len(steps) == keep:
+            self.store.prune(steps[0])
 
     async def _post(self, item: Outgoing, frames: list[bytes]) -> None:
         assert self._link is not None

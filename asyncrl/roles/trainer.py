@@ -26,6 +26,7 @@ from asyncrl.messages.sample import Sample
 from asyncrl.obs.log import step_line
 from asyncrl.obs.view import NoteUpdate
 from asyncrl.train.backend import Prepared, StepReport, make_backend, train_plan
+from asyncrl.train.checkpoint import prune
 from asyncrl.train.loop import Trainer
 from asyncrl.train.report import step_metrics, step_update
 from asyncrl.weights.pushes import Pushes, push_settings
@@ -185,6 +186,9 @@ class TrainerRole(DeskActor):
             await self.send(message)
             await self._event("checkpoint", step).wait()
         self._saved = step
+        # Older ones go only now that the buffer knows the new one.
+        keep = self.plan.topology.trainer.keep_checkpoints
+        await self.compute(lambda: prune(self.context.run_dir / CHECKPOINTS, keep=keep))
         self.metrics.write({"perf/save_model_time": time.monotonic() - began}, step=step)
         await self.tell(NoteUpdate(text=f"checkpoint of rollout step {step} in {path}"))
 

@@ -225,11 +225,6 @@ def _rest(topology: Topology) -> Iterator[str]:
         yield (
             f"run.dead_after_s: given {run.dead_after_s:g}; allowed: above heartbeat_s = {run.heartbeat_s:g}"
         )
-    if topology.buffer.lease_s <= run.heartbeat_s:
-        yield (
-            f"buffer.lease_s: given {topology.buffer.lease_s:g}; allowed: above run.heartbeat_s = "
-            f"{run.heartbeat_s:g}, which renews leases"
-        )
     if trainer.min_lr > trainer.lr:
         yield f"trainer.min_lr: given {trainer.min_lr:g}; allowed: at most lr = {trainer.lr:g}"
     if not _DEVICE.fullmatch(trainer.device):

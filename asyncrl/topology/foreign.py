@@ -154,7 +154,8 @@ _NOT_YET = {
         gamma lambd normalize_advantages disable_compute_advantages_and_returns custom_loss_function_path
         custom_tis_function_path custom_pg_loss_reducer_function_path get_mismatch_metrics ref_update_interval
         ref_ckpt_step reset_optimizer_states use_rollout_entropy keep_old_actor loss_mask_type
-        log_probs_max_tokens_per_gpu use_dynamic_global_batch_size disable_rollout_trim_samples""",
+        log_probs_max_tokens_per_gpu use_dynamic_global_batch_size disable_rollout_trim_samples
+        mask_offpolicy_in_partial_rollout""",
     "metrics are JSON lines in RUN/metrics; trackers come later": """
         use_wandb wandb_mode wandb_project wandb_group wandb_team wandb_host wandb_key wandb_run_id wandb_dir
         wandb_run_name disable_wandb_random_suffix wandb_always_use_train_step use_tensorboard tb_project_name
@@ -223,6 +224,7 @@ OWN = frozenset(
         "rollout.progress_every_tokens",
         "trainer.backend",
         "trainer.num_threads",
+        "trainer.scripted_step_s",
         "trainer.device",
         "trainer.dtype",
         "trainer.deterministic",

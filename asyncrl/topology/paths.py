@@ -10,7 +10,7 @@ from asyncrl.topology.schema import Topology
 
 
 def absolute(topology: Topology) -> Topology:
-    """The topology with its files and directories as absolute paths (hooks named by file stay as they are)."""
+    """The topology with files and directories as absolute paths (hooks named by file stay)."""
     replace = msgspec.structs.replace
     run, source, trainer, evals = topology.run, topology.source, topology.trainer, topology.eval
     data = list(evals.eval_prompt_data)

@@ -98,7 +98,6 @@ _RANGES = {
             "run.stall_s",
             "rollout.rollout_temperature",
             "reward.timeout_s",
-            "buffer.lease_s",
             "weights.push_timeout_s",
             "trainer.adam_eps",
             "algorithm.eps_clip_high",

@@ -125,8 +125,6 @@ class RolloutConfig(Table, frozen=True, kw_only=True):
     partial_rollout: bool = True
     """Answers interrupted by a push (`on_new_weights = "abort"`), a drain or a death are resumed from their
     tokens. Off: they start again (slime's and Miles' default)."""
-    mask_offpolicy_in_partial_rollout: bool = False
-    """Tokens sampled before the last interruption get loss mask 0."""
     dynamic_sampling_filter_path: str | None = None
     """Function (args, samples, **kwargs) -> bool or object with .keep and .reason: a group it refuses is
     settled as `filtered` and replaced."""
@@ -202,8 +200,6 @@ class BufferConfig(Table, frozen=True, kw_only=True):
     `asyncrl replay` start at step 0)."""
     window_bytes: int = 64 * 1024 * 1024
     """Bytes of batches in flight to the trainer, and of results a worker may have unacknowledged."""
-    lease_s: float = 60.0
-    """A lease not renewed for so long is given to another worker. Heartbeats renew. Seconds."""
     segment_bytes: int = 256 * 1024 * 1024
     """Bodies go to append-only files of about this size."""
     min_free_bytes: int = 256 * 1024 * 1024

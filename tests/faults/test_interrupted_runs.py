@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import ExitCode
-from tests.support.books import assert_closed, one, reasons, rows
+from tests.support.books import assert_closed, one, pairs, reasons, rows
 from tests.support.command import launched, resumed
 from tests.support.processes import alive, descendants, kill, wait_until
 
@@ -28,7 +28,7 @@ def test_a_drained_run_says_how_to_resume_and_resumes(
         assert "Traceback" not in run.text
         assert run.status["exit_code"] == ExitCode.DRAINED
     assert_closed(run.path, finished=False)
-    partial = dict(rows(run.path, "select group_id || '.' || idx, tokens from samples where state = 'fresh'"))
+    partial = pairs(run.path, "select group_id || '.' || idx, tokens from samples where state = 'fresh'")
     assert sum(partial.values()) > 0, "the drain handed no partial answer back"
     saved = one(run.path, "select max(rollout_step) from checkpoints")
     assert saved == one(run.path, "select count(*) from trained")
@@ -37,7 +37,7 @@ def test_a_drained_run_says_how_to_resume_and_resumes(
     assert_closed(run.path)
     assert reasons(run.path)["trained"] == 6 * 4
     assert rows(run.path, "select batch from trained group by batch having count(*) > 1") == []
-    now = dict(rows(run.path, "select group_id || '.' || idx, tokens from samples"))
+    now = pairs(run.path, "select group_id || '.' || idx, tokens from samples")
     assert all(now[sample] >= tokens for sample, tokens in partial.items())
 
 

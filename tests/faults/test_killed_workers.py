@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import ExitCode
-from tests.support.books import assert_closed, one, reasons, rows
+from tests.support.books import assert_closed, one, pairs, reasons, rows
 from tests.support.command import Run, launched
 from tests.support.processes import alive, descendants, kill, wait_until
 
@@ -60,6 +60,6 @@ def test_killed_workers_cost_their_current_work_only(
     assert_closed(run.path)
     assert reasons(run.path)["trained"] == 8 * 4
     assert set(reasons(run.path)) <= {"trained", "unneeded"}
-    lives = dict(rows(run.path, "select name, count(*) from members where role != 'trainer' group by name"))
+    lives = pairs(run.path, "select name, count(*) from members where role != 'trainer' group by name")
     assert lives["generator-0"] == lives["reward-0"] == 2
     assert lives["generator-1"] == lives["reward-1"] == 1

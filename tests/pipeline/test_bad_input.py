@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from asyncrl.errors import ExitCode
-from tests.support.books import assert_closed, rows
+from tests.support.books import assert_closed, pairs
 from tests.support.command import Said, asyncrl, launched, resumed
 from tests.support.processes import wait_until
 from tests.support.world import write_prompts, write_topology
@@ -225,11 +225,11 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path, model: Path
         assert "a commit failed" in run.text
         assert "everything acknowledged before is safe" in run.text
         assert "asyncrl launch --resume" in run.text
-    known = dict(rows(run.path, "select group_id || '.' || idx, tokens from samples"))
+    known = pairs(run.path, "select group_id || '.' || idx, tokens from samples")
     assert sum(known.values()) > 0
     assert_closed(run.path, finished=False)
     with resumed(run.path) as again:
         assert again.end() == ExitCode.FINISHED, again.text
     assert_closed(run.path)
-    now = dict(rows(run.path, "select group_id || '.' || idx, tokens from samples"))
+    now = pairs(run.path, "select group_id || '.' || idx, tokens from samples")
     assert all(now[sample] >= tokens for sample, tokens in known.items())

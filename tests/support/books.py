@@ -27,6 +27,11 @@ def rows(run_dir: Path, query: str, *values: Any) -> list[Row]:
         db.close()
 
 
+def pairs(run_dir: Path, query: str, *values: Any) -> dict[Any, Any]:
+    """The rows of a query for two columns, as a dict."""
+    return dict(rows(run_dir, query, *values))
+
+
 def one(run_dir: Path, query: str, *values: Any) -> Any:
     """The first value of the first row; None where there is none."""
     found = rows(run_dir, query, *values)
@@ -35,8 +40,8 @@ def one(run_dir: Path, query: str, *values: Any) -> Any:
 
 def reasons(run_dir: Path) -> dict[str, int]:
     """Groups of the lane train by how they were settled."""
-    return dict(
-        rows(run_dir, "select reason, count(*) from groups where lane = 'train' group by reason order by 1")
+    return pairs(
+        run_dir, "select reason, count(*) from groups where lane = 'train' group by reason order by 1"
     )
 
 
@@ -44,7 +49,7 @@ def assert_closed(run_dir: Path, *, finished: bool = True) -> None:
     """The audit closes; where the run has finished, every group is settled, once."""
     report = audit(run_dir)
     assert report.closes, report.text()
-    settled = dict(rows(run_dir, "select key, value from totals where key like 'settled.%.groups'"))
+    settled = pairs(run_dir, "select key, value from totals where key like 'settled.%.groups'")
     by_reason = rows(run_dir, "select reason, count(*) from groups where reason is not null group by reason")
     assert {f"settled.{reason}.groups": count for reason, count in by_reason} == {
         key: count for key, count in settled.items() if count

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from asyncrl.errors import AsyncrlError
 from asyncrl.messages.supervision import StatusRequest
 from asyncrl.run.remote import find, question
 from tests.support.books import one
-from tests.support.processes import descendants, wait_until
+from tests.support.processes import marked, wait_until
 from tests.support.world import Options, write_topology
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +41,13 @@ class Said(NamedTuple):
         return self.out + self.err
 
 
-def _environment() -> dict[str, str]:
+MARK = "ASYNCRL_TEST_JOB"
+"""Environment variable that everything a job starts inherits, so that nothing of it is overlooked."""
+
+
+def _environment(mark: str = "") -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", MARK: mark}
 
 
 def _command(arguments: Sequence[str | Path]) -> list[str]:
@@ -64,15 +70,19 @@ def asyncrl(*arguments: str | Path, cwd: Path, deadline_s: float = COMMAND_S) ->
 
 
 class Job:
-    """A command that lives for a while; killed with all it started when its `with` block ends."""
+    """A command that lives for a while.
+
+    What is left of it when its `with` block ends is killed. Where it had ended by itself, nothing may be left.
+    """
 
     def __init__(self, *arguments: str | Path, cwd: Path, output: Path) -> None:
         self._output = output
+        self._mark = uuid.uuid4().hex
         with output.open("wb") as file:
             self.process = subprocess.Popen(
                 _command(arguments),
                 cwd=cwd,
-                env=_environment(),
+                env=_environment(self._mark),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -82,15 +92,20 @@ class Job:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            family = descendants(self.process.pid)
-            for pid in [self.process.pid, *family]:
-                try:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        had_ended = self.process.poll() is not None
+        try:
+            if had_ended and kind is None:
+                wait_until(lambda: not self._left(), "all of an ended job to be gone", show=self._left)
+        finally:
+            for pid in self._left():
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-        self.process.wait(timeout=COMMAND_S)
+            self.process.wait(timeout=COMMAND_S)
+
+    def _left(self) -> set[int]:
+        """Living processes of this job, wherever they hang in the tree."""
+        return marked(f"{MARK}={self._mark}")
 
     @property
     def text(self) -> str:

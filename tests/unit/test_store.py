@@ -308,3 +308,21 @@ def test_a_batch_has_the_digest_of_its_bodies(tmp_path: Path) -> None:
     db.execute("update bodies set digest = 'another' where group_id = ? and kind = 'segment'", (group,))
     assert [b for b in range(4) if batch_digest(db, b) != recorded[b]] == [1]
     world.desk.store.close()
+
+
+def test_prune_deletes_only_files_that_no_kept_checkpoint_needs(tmp_path: Path) -> None:
+    """Fails when pruning ignores the checkpoint (too much goes) or the settled groups (nothing goes)."""
+    store = Store(tmp_path, segment_bytes=1)
+    db = store.db
+    for batch in range(4):
+        location = store.segments.append([b"body-%d" % batch])[0]
+        db.execute(
+            "insert into groups values (?, 'train', '', 1, 'trained', 'trained', 0, 1, 0, ?, 0, 1, 0, 0, 0, 0, 0, '')",
+            (batch, batch),
+        )
+        row = (batch, "prompt", batch, -1, 1, "[]", 0, "source", *location, "digest")
+        db.execute("insert into bodies values (?,?,?,?,?,?,?,?,?,?,?,?,0)", row)
+    assert store.prune(2) == [1, 2]
+    assert store.segments.files() == [3, 4]
+    assert store.read([2, 3]) == [b"body-2", b"body-3"]
+    store.close()

@@ -46,7 +46,6 @@ MILES_DEFAULTS: dict[str, Any] = {
     "rollout.rollout_skip_special_tokens": False,
     "rollout.update_weights_interval": 1,
     "rollout.over_sampling_batch_size": None,
-    "rollout.mask_offpolicy_in_partial_rollout": False,
     "algorithm.advantage_estimator": "grpo",
     "algorithm.loss_type": "policy_loss",
     "algorithm.eps_clip": 0.2,

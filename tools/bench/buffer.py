@@ -2,8 +2,8 @@
 
 The real buffer role in its own process, `synchronous = FULL`, over ZeroMQ on loopback; scripted peers in this
 one. A sample counts when its batch is committed as trained: issued, generated, scored, batched on the way.
-Beside it a bare loop appends and syncs the same bytes in the same groups. RSS is read in the run of 100
-tokens, after a tenth of its groups and at the end.
+Beside it a bare loop appends and syncs the same bytes in the same groups. RSS is read in a longer
+run of its own, after a tenth of its groups and at the end.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ BATCH_GROUPS = 64
 BATCH = GROUP_SIZE * BATCH_GROUPS
 """Samples of one batch."""
 MAX_STALENESS = 8
-BATCHES = {100: 120, 1_000: 40, 10_000: 18}
+BATCHES = {100: 120, 1_000: 40, 10_000: 20}
 """Batches of one measurement, by tokens per sample."""
 QUICK_BATCHES = {100: 20, 1_000: 12, 10_000: 10}
+MEMORY_TOKENS = 100
+MEMORY_BATCHES = 400
 SKIP = 4
 """Batches before the clock starts: the pipeline fills."""
 DEADLINE_S = 120.0
+START_S = 20.0
 TARGET_SAMPLES = (100, 10_000.0)
 TARGET_MB = (10_000, 100.0)
 
@@ -72,6 +75,8 @@ def run(options: Options) -> Section:
         for attempt in range(repeats)
         for tokens, count in batches.items()
     ]
+    count = options.choose(quick=40, normal=MEMORY_BATCHES)
+    memory = uvloop.run(measure(options, tokens=MEMORY_TOKENS, batches=count, attempt=repeats))
     profile = options.work / "profile-100-0.txt"
     notes = profile.read_text(encoding="utf-8").splitlines() if profile.exists() else []
     by_tokens = {tokens: [r for r in runs if r.tokens == tokens] for tokens in batches}
@@ -79,10 +84,10 @@ def run(options: Options) -> Section:
         name="buffer",
         title="samples through issue, generation, scoring, batching and training, synchronous = FULL",
         settings={"group": GROUP_SIZE, "batch": BATCH, "max_staleness": MAX_STALENESS, "repeats": repeats},
-        tables=[_rates(by_tokens), _memory(by_tokens[100], batches[100])],
-        targets=_targets(by_tokens),
+        tables=[_rates(by_tokens), _memory(memory, count)],
+        targets=_targets(by_tokens, memory),
         notes=notes,
-        data={"runs": msgspec.to_builtins(runs)},
+        data={"runs": msgspec.to_builtins(runs), "memory": msgspec.to_builtins(memory)},
     )
 
 
@@ -119,19 +124,21 @@ def _rates(by_tokens: dict[int, list[Run]]) -> Table:
     )
 
 
-def _memory(runs: list[Run], batches: int) -> Table:
+def _memory(run: Run, batches: int) -> Table:
     groups = batches * BATCH_GROUPS
-    rows = [[f"{i + 1}", *(number(mib) for mib in r.rss_mib)] for i, r in enumerate(runs)]
-    columns = ["repeat", "start", f"after {groups // 10:,} groups", f"after {groups:,} groups"]
-    return Table(title="resident memory of the buffer at 100 tokens, MiB", columns=columns, rows=rows)
+    return Table(
+        title=f"resident memory of the buffer at {run.tokens} tokens",
+        columns=["", "start", f"after {groups // 10:,} groups", f"after {groups:,} groups"],
+        rows=[["MiB", *(number(mib) for mib in run.rss_mib)]],
+    )
 
 
-def _targets(by_tokens: dict[int, list[Run]]) -> list[Target]:
+def _targets(by_tokens: dict[int, list[Run]], memory: Run) -> list[Target]:
     tokens, bound = TARGET_SAMPLES
     rate = statistics.median(r.samples_per_s for r in by_tokens[tokens])
     large, megabytes = TARGET_MB
     flow = statistics.median(r.mb_per_s for r in by_tokens[large])
-    growth = statistics.median(r.rss_mib[2] / r.rss_mib[1] for r in by_tokens[tokens])
+    growth = memory.rss_mib[2] / memory.rss_mib[1]
     return [
         Target(what=f"through all stages at {tokens} tokens", value=rate, bound=bound, unit=" samples/s"),
         Target(what=f"bodies at {large:,} tokens", value=flow, bound=megabytes, unit=" MB/s"),
@@ -211,7 +218,8 @@ async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncI
             sys.executable, "-m", "tools.bench.desk", *arguments, stdout=output, stderr=output
         )
     try:
-        peer, address = await _address(control)
+        async with asyncio.timeout(START_S):
+            peer, address = await _address(control)
         telemetry = asyncio.create_task(_ignore(control))
         try:
             yield child, address
