@@ -317,7 +317,8 @@ def test_prune_deletes_only_files_that_no_kept_checkpoint_needs(tmp_path: Path) 
     for batch in range(4):
         location = store.segments.append([b"body-%d" % batch])[0]
         db.execute(
-            "insert into groups values (?, 'train', '', 1, 'trained', 'trained', 0, 1, 0, ?, 0, 1, 0, 0, 0, 0, 0, '')",
+            "insert into groups values"
+            " (?, 'train', '', 1, 'trained', 'trained', 0, 1, 0, ?, 0, 1, 0, 0, 0, 0, 0, '')",
             (batch, batch),
         )
         row = (batch, "prompt", batch, -1, 1, "[]", 0, "source", *location, "digest")
