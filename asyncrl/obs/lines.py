@@ -21,9 +21,10 @@ def step_text(view: RunView, *, now: float) -> str:
 
 
 def eval_text(update: EvalUpdate) -> str:
-    """The canonical line of an evaluation."""
+    """The canonical line of an evaluation, and its examples below it."""
     values = " ".join(f"{name} {value:.3f}" for name, value in sorted(update.values.items()))
-    return f"eval version {update.version} {values} samples {update.num_samples}"
+    line = f"eval version {update.version} {values} samples {update.num_samples}"
+    return "\n".join([line, *(f"  {example}" for example in update.examples)])
 
 
 def waiting_text(view: RunView, *, now: float) -> str:

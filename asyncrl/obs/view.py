@@ -69,6 +69,8 @@ class EvalUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="eval"):
     values: dict[str, float]
     """Mean reward by evaluation set."""
     num_samples: int = 0
+    examples: list[str] = []
+    """A few answers with label and reward, one line each."""
 
 
 class QueueUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="queue"):
@@ -170,6 +172,8 @@ class RunView:
         self.members: dict[str, Member] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
         self.note = ""
+        self.examples: list[str] = []
+        """Of the newest evaluation."""
         self._steps: deque[tuple[float, StepUpdate]] = deque(maxlen=HISTORY_STEPS)
 
     def apply(self, update: Update, *, now: float) -> None:
@@ -182,6 +186,7 @@ class RunView:
             case StepUpdate():
                 self._step(update, now)
             case EvalUpdate():
+                self.examples = update.examples or self.examples
                 self.evaluations[update.version] = self.evaluations.get(update.version, {}) | update.values
             case QueueUpdate():
                 self.queue = update

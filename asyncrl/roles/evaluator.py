@@ -16,6 +16,8 @@ from asyncrl.obs.view import EvalUpdate
 
 NUM_EXAMPLES = 3
 """Answers that are shown of each evaluation."""
+MAX_SHOWN = 80
+"""Characters shown of a prompt and of an answer."""
 
 
 class EvaluatorRole(DeskActor):
@@ -59,22 +61,23 @@ class EvaluatorRole(DeskActor):
             rows |= eval_metrics(name, samples, version=version)
         self.metrics.write(rows, step=version)
         self.log.info("eval", version=version, incarnation=incarnation, **values)
-        for sample in self._samples[:NUM_EXAMPLES]:
-            self.log.info(
-                "example",
-                version=version,
-                prompt=sample.prompt.text,
-                answer=sample.text,
-                label=sample.prompt.label,
-                reward=reward_of(sample),
-            )
-        await self.tell(EvalUpdate(version=version, values=values, num_samples=len(self._samples)))
+        examples = [example_text(sample) for sample in self._samples[:NUM_EXAMPLES]]
+        self.log.info("examples", version=version, examples=examples)
+        update = EvalUpdate(version=version, values=values, num_samples=len(self._samples), examples=examples)
+        await self.tell(update)
         await self.send(EvaluationSeen(version=version, incarnation=incarnation))
         self._samples = []
 
 
 def _flat(groups: list[GroupParts], frames: list[bytes]) -> list[Sample]:
     return [sample for group in unpack(groups, frames) for sample in group]
+
+
+def example_text(sample: Sample) -> str:
+    """One answer for people: the end of the prompt, the answer, what it should be, the reward."""
+    prompt = sample.prompt.text[-MAX_SHOWN:]
+    answer = sample.text if len(sample.text) <= MAX_SHOWN else sample.text[:MAX_SHOWN] + "..."
+    return f"{prompt!r} -> {answer!r}  label {sample.prompt.label!r}  reward {reward_of(sample):g}"
 
 
 def reward_of(sample: Sample) -> float:

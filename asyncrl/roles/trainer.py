@@ -60,6 +60,8 @@ class TrainerRole(DeskActor):
             maxsize=max(1, self.plan.topology.trainer.prefetch_batches)
         )
         self._finish = asyncio.Event()
+        self._over = asyncio.Event()
+        """Nothing is left to do once the train loop has said and saved what it has."""
         self._draining = False
         self._saved = -1
         self._last_end = time.monotonic()
@@ -198,19 +200,20 @@ class TrainerRole(DeskActor):
         if not self._draining:
             await self.pushes.push(step, self._step)
         await self._save()
-        if self._draining:
-            self.leave(ExitCode.DRAINED)
-        await asyncio.Event().wait()
+        await self._over.wait()
+        self.leave(ExitCode.DRAINED if self._draining else ExitCode.FINISHED)
 
     async def on_finish(self, message: Finish) -> None:
         """The first word means that no batch will come; the second one, that everything is done."""
+        del message
         if self._finish.is_set() or self.trainer.rollout_step == self.plan.num_rollout:
-            await super().on_finish(message)
+            self._over.set()
         self._finish.set()
 
     async def drain(self) -> None:
         self._draining = True
         self._finish.set()
+        self._over.set()
 
     async def _show(self, report: StepReport, *, started: float, ended: float, waited_s: float) -> None:
         step = self.trainer.rollout_step

@@ -60,6 +60,10 @@ def conclude(session: Session, code: ExitCode, *, console: Console) -> ExitCode:
     session.run_dir.set_status(exit_code=int(code), detail=detail)
     session.run_dir.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=1))
     console.print(SummaryTable(summary))
+    if session.view.examples:
+        console.print("answers of the last evaluation:", style="dim")
+    for example in session.view.examples:
+        console.print(f"  {example}", soft_wrap=True, markup=False)
     return code
 
 
