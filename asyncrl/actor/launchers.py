@@ -38,6 +38,10 @@ class Handle(Protocol):
 class Launcher(Protocol):
     """Starts processes of a plan."""
 
+    @property
+    def attempt_dir(self) -> Path:
+        """Where the logs of this launch are."""
+
     async def start(
         self, process: ProcessPlan, *, incarnation: str, control: str, buffer: str, resumed: bool
     ) -> Handle:

@@ -159,7 +159,7 @@ class Supervisor:
         """A process ended: what follows is the roster's to say."""
         code = await handle.wait()
         fate = self.roster.ended(member, code)
-        text = story(member, code)
+        text = self._story(member, code)
         self._gone(member)
         if self._handles.get(member.name) is handle:
             del self._handles[member.name]
@@ -181,6 +181,12 @@ class Supervisor:
         await asyncio.sleep(self.roster.backoff_s(member))
         if not self.roster.ending:
             await self._start(process, tasks)
+
+    def _story(self, member: MemberState, code: int) -> str:
+        """How a process ended, and where to look when it said nothing."""
+        text = story(member, code)
+        output = self.launcher.attempt_dir / "log" / f"{member.name}.out"
+        return text if member.last_words or code == 0 else f"{text}; its output is in {output}"
 
     def _gone(self, member: MemberState) -> None:
         report = self._reports.get(member.name)

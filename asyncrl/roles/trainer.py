@@ -25,9 +25,10 @@ from asyncrl.messages.parts import unpack
 from asyncrl.messages.sample import Sample
 from asyncrl.obs.log import step_line
 from asyncrl.obs.view import NoteUpdate
-from asyncrl.train.backend import Prepared, StepReport, make_backend, train_plan
+from asyncrl.train.backend import Prepared, StepReport, train_plan
 from asyncrl.train.checkpoint import prune
 from asyncrl.train.loop import Trainer
+from asyncrl.train.make import make_backend
 from asyncrl.train.report import step_metrics, step_update
 from asyncrl.weights.pushes import Pushes, push_settings
 

@@ -6,6 +6,7 @@ Everything found is reported at once; nothing here imports torch or user code in
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 from asyncrl.data.open import eval_sets, open_source
@@ -30,6 +31,7 @@ def preflight(plan: Plan, run_dir: Path) -> Plan:
             except AsyncrlError as error:
                 problems.append(str(error))
     problems += _plugin_problems(plan)
+    problems += _address_problems(plan)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     if plan.num_rollout is None and num_prompts is not None:
@@ -83,6 +85,31 @@ def _eval_problem(plan: Plan) -> str:
         eval_sets(plan)
     except AsyncrlError as error:
         return str(error)
+    return ""
+
+
+def _address_problems(plan: Plan) -> list[str]:
+    """Ports that somebody else holds; found here, before a run directory is made."""
+    run = plan.topology.run
+    named = {
+        "run.address": run.address,
+        "run.buffer_address": run.buffer_address,
+        "run.publisher_address": run.publisher_address,
+    }
+    return [problem for option, address in named.items() if (problem := _port_problem(option, address))]
+
+
+def _port_problem(option: str, address: str) -> str:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not address.startswith("tcp://") or not port.isdigit() or port == "0":
+        return ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if host == "*" else host.strip("[]"), int(port)))
+        except OSError as error:
+            return f"{option}: {address} cannot be listened on: {error.strerror}; choose another port, or 0 for a free one"
     return ""
 
 

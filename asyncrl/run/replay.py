@@ -21,8 +21,9 @@ from asyncrl.run.rundir import read_plan
 from asyncrl.topology.load import override
 from asyncrl.topology.plan import Plan, compile_plan
 from asyncrl.topology.schema import Topology
-from asyncrl.train.backend import StepReport, make_backend, train_plan
+from asyncrl.train.backend import StepReport, train_plan
 from asyncrl.train.loop import Trainer
+from asyncrl.train.make import make_backend
 
 REPLAYS = "replays"
 CHECKPOINTS = "checkpoints"

@@ -128,14 +128,3 @@ def train_plan(topology: Topology) -> TrainPlan:
         num_rollout=topology.run.num_rollout,
         seed=topology.run.seed,
     )
-
-
-def make_backend(plan: TrainPlan) -> Backend:
-    """The backend that trainer.backend names; nothing is loaded yet."""
-    if plan.trainer.backend == "scripted":
-        from asyncrl.train.scripted import ScriptedBackend
-
-        return ScriptedBackend(plan)
-    from asyncrl.train.torch import TorchBackend
-
-    return TorchBackend(plan)

@@ -17,8 +17,9 @@ import torch
 
 from asyncrl.errors import ConfigError, DataError, NumericsError, StorageError
 from asyncrl.messages.sample import pack_logprobs
-from asyncrl.train.backend import Backend, make_backend
+from asyncrl.train.backend import Backend
 from asyncrl.train.loop import Trainer
+from asyncrl.train.make import make_backend
 from tests.train_support import VOCAB, make_groups, make_plan, make_sample, plan_to_json, write_model
 
 ALL_TERMS = {
@@ -31,7 +32,8 @@ ALL_TERMS = {
 }
 IN_A_FRESH_PROCESS = """
 import sys, msgspec
-from asyncrl.train.backend import TrainPlan, make_backend
+from asyncrl.train.backend import (TrainPlan)
+from asyncrl.train.make import make_backend
 from asyncrl.train.loop import Trainer
 from tests.train_support import make_groups
 trainer = Trainer(make_backend(msgspec.json.decode(sys.argv[1], type=TrainPlan)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from asyncrl.errors import ExitCode
 from asyncrl.messages.control import PROTOCOL
@@ -14,6 +15,8 @@ from asyncrl.messages.supervision import AttachReply, AttachRequest
 from asyncrl.run.remote import ask
 from tests.support.books import assert_closed, one, rows
 from tests.support.command import Job, Run, asyncrl, launched
+
+pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
 FINISHED_GROUPS = """
 select count(distinct b.group_id) from bodies b join leases l using (fence) join members m

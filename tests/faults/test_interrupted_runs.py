@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from asyncrl.errors import ExitCode
 from tests.support.books import assert_closed, one, pairs, reasons, rows
 from tests.support.command import launched, resumed
 from tests.support.processes import alive, descendants, kill, wait_until
+
+pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
 GONE_S = 5.0
 """How long the children of a killed launch may outlive it."""

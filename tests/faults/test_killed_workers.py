@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from asyncrl.errors import ExitCode
 from tests.support.books import assert_closed, one, pairs, reasons, rows
 from tests.support.command import Run, launched
 from tests.support.processes import alive, descendants, kill, wait_until
+
+pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
 NOTICED_S = 5.0
 """A death is noticed, and its leases are free again, within this time."""

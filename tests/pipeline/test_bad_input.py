@@ -209,6 +209,7 @@ def test_refusing_every_group_ends_the_run_in_words(tmp_path: Path, model: Path)
         assert "13 groups in a row were refused" in run.status["detail"]
 
 
+@pytest.mark.timeout(300)  # two launches, which a busy machine stretches
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path, model: Path) -> None:
     """The buffer may write no more: a limit on its files stands for a full disk."""
     options = {

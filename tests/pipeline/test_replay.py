@@ -19,8 +19,9 @@ from asyncrl.cli import records as command
 from asyncrl.errors import ConfigError, DataError, StorageError
 from asyncrl.messages.sample import Segment, pack_tokens, tokens_of
 from asyncrl.obs import metrics
-from asyncrl.train.backend import make_backend, train_plan
+from asyncrl.train.backend import train_plan
 from asyncrl.train.loop import Trainer
+from asyncrl.train.make import make_backend
 from tests.desk import Desk, make_plan
 from tests.train_support import write_model
 

@@ -167,6 +167,26 @@ def test_the_remainder_of_the_data(tmp_path: Path, model: Path, *, partial: bool
     assert set(trained) <= {"unneeded"}
 
 
+def test_data_that_end_early_end_the_run(tmp_path: Path, model: Path) -> None:
+    """12 prompts would fill 3 batches; the filter refuses 5 of them, so one batch is trained."""
+    write_prompts(tmp_path / "prompts.jsonl", count=12)
+    (tmp_path / "mine.py").write_text(
+        "def later(args, samples, **kwargs):\n    return samples[0].group_index >= 5\n", encoding="utf-8"
+    )
+    run = run_inside(
+        tmp_path,
+        model,
+        {
+            "run.num_rollout": None,
+            "source.num_epoch": 1,
+            "rollout.dynamic_sampling_filter_path": f"{tmp_path / 'mine.py'}:later",
+        },
+    )
+    assert run.code == ExitCode.FINISHED
+    assert_closed(run.path)
+    assert reasons(run.path) == {"filtered": 5, "trained": 4, "unneeded": 3}
+
+
 def test_an_evaluation_names_one_version_and_trains_nothing(tmp_path: Path, model: Path) -> None:
     run = run_inside(
         tmp_path,

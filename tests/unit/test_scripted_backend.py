@@ -10,8 +10,9 @@ import pytest
 
 from asyncrl.errors import DataError, StorageError
 from asyncrl.messages.sample import Sample
-from asyncrl.train.backend import Backend, make_backend
+from asyncrl.train.backend import Backend
 from asyncrl.train.loop import Trainer
+from asyncrl.train.make import make_backend
 from tests.train_support import make_groups, make_plan
 
 

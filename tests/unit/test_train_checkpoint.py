@@ -12,7 +12,8 @@ import torch
 
 from asyncrl.errors import ConfigError, ExitCode, StorageError
 from asyncrl.train import checkpoint, evaluate
-from asyncrl.train.backend import Backend, make_backend
+from asyncrl.train.backend import Backend
+from asyncrl.train.make import make_backend
 from tests.train_support import make_groups, make_plan, write_model
 
 

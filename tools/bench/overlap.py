@@ -16,7 +16,8 @@ import msgspec
 from asyncrl.engines.scripted import Lengths
 from asyncrl.messages.sample import Prompt, Sample, Score, Span, pack_logprobs, pack_tokens
 from asyncrl.topology.training import TrainerConfig
-from asyncrl.train.backend import TrainPlan, make_backend
+from asyncrl.train.backend import TrainPlan
+from asyncrl.train.make import make_backend
 from tools.bench.jobs import job
 from tools.bench.report import Options, Section, Table, Target, number
 
@@ -31,6 +32,11 @@ UNBOUNDED = 64
 """More than the steps of any run here: never binds."""
 BOUNDS = (0, 1, 2, 4, 8, UNBOUNDED)
 QUICK_BOUNDS = (0, 8)
+STEPS = {0: (10, 2), 1: (14, 3), 2: (18, 4), 4: (24, 8)}
+"""By bound: steps of a run, and how many of them fill the pipeline. A small bound fills it soon."""
+MORE_STEPS = (28, 10)
+QUICK_STEPS = {0: (7, 2)}
+QUICK_MORE_STEPS = (12, 4)
 TRAINER_BOUND = 1.5
 """Ttrain over Tgen in the second case."""
 FITS = 8
@@ -87,12 +93,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(options: Options) -> Section:
     """Measure Tgen and Ttrain alone, then every bound; see the module's docstring."""
-    steps, skip = options.choose(quick=12, normal=30), options.choose(quick=4, normal=10)
-    generate_s = measure(options, bound=UNBOUNDED, train_s=0.0, steps=steps, skip=skip)
+    generate_s = measure(options, bound=UNBOUNDED, train_s=0.0)
     cases = {"balanced": generate_s, "trainer-bound": TRAINER_BOUND * generate_s}
     if options.quick:
         del cases["trainer-bound"]
-    bounds = QUICK_BOUNDS if options.quick else BOUNDS
     tables, targets, data = [], [], {}
     for name, asked_s in cases.items():
         train_s = trainer_alone_s(asked_s)
@@ -100,9 +104,9 @@ def run(options: Options) -> Section:
             Measured(
                 bound=bound,
                 train_s=train_s,
-                step_s=measure(options, bound=bound, train_s=asked_s, steps=steps, skip=skip),
+                step_s=measure(options, bound=bound, train_s=asked_s),
             )
-            for bound in bounds
+            for bound in _bounds(options)
         ]
         tables.append(_table(name, generate_s, results))
         targets.append(_target(name, generate_s, results))
@@ -110,7 +114,7 @@ def run(options: Options) -> Section:
     return Section(
         name="overlap",
         title="step time over max(Tgen, Ttrain), real processes, scripted engine and trainer",
-        settings=_settings(steps=steps, skip=skip),
+        settings=_settings(options),
         tables=tables,
         targets=targets,
         notes=[_lengths(generate_s)],
@@ -126,13 +130,12 @@ def _lengths(generate_s: float) -> str:
     )
 
 
-def _settings(*, steps: int, skip: int) -> dict[str, object]:
+def _settings(options: Options) -> dict[str, object]:
     return {
         "batch": f"{GROUPS}x{GROUP_SIZE}",
         "generators": f"{GENERATORS}x{CONCURRENCY}",
         "token latency": f"{1000 * LATENCY_S:g} ms",
-        "steps": steps,
-        "skipped": skip,
+        "steps (skipped)": ", ".join("{} ({})".format(*schedule(options, b)) for b in _bounds(options)),
     }
 
 
@@ -159,8 +162,20 @@ def _target(name: str, generate_s: float, results: list[Measured]) -> Target:
     return Target(what=f"{name}, max_staleness = {FITS}", value=value, bound=TARGET, unit="x", at_least=False)
 
 
-def measure(options: Options, *, bound: int, train_s: float, steps: int, skip: int) -> float:
-    """Mean step time, in seconds, between the ends of step `skip` and step `steps`."""
+def _bounds(options: Options) -> tuple[int, ...]:
+    return QUICK_BOUNDS if options.quick else BOUNDS
+
+
+def schedule(options: Options, bound: int) -> tuple[int, int]:
+    """Steps of a run under this bound, and how many of them do not count."""
+    if options.quick:
+        return QUICK_STEPS.get(bound, QUICK_MORE_STEPS)
+    return STEPS.get(bound, MORE_STEPS)
+
+
+def measure(options: Options, *, bound: int, train_s: float) -> float:
+    """Mean step time, in seconds, of the steps that count."""
+    steps, skip = schedule(options, bound)
     name = f"overlap-{bound}-{round(1000 * train_s)}"
     path = options.work / f"{name}.toml"
     path.write_text(
@@ -168,7 +183,9 @@ def measure(options: Options, *, bound: int, train_s: float, steps: int, skip: i
     )
     with job(path, options.work / "runs" / name) as launched:
         rows = launched.wait_trained(steps, deadline_s=DEADLINE_S)
-    return (rows[steps - 1][1] - rows[skip - 1][1]) / (steps - skip)
+    step_s = (rows[steps - 1][1] - rows[skip - 1][1]) / (steps - skip)
+    print(f"  max_staleness {bound}, training {train_s:.2f} s: {step_s:.2f} s a step", flush=True)
+    return step_s
 
 
 def topology(model: Path, *, bound: int, train_s: float, seed: int) -> str:

@@ -27,9 +27,10 @@ from asyncrl.engines.make import context_len
 from asyncrl.messages.sample import Lane, Prompt, Sample, Score, Segment, assemble
 from asyncrl.topology.load import load
 from asyncrl.topology.plan import Plan, compile_plan
-from asyncrl.train.backend import make_backend, train_plan
+from asyncrl.train.backend import train_plan
 from asyncrl.train.evaluate import score
 from asyncrl.train.loop import Trainer
+from asyncrl.train.make import make_backend
 
 
 class Loop:
