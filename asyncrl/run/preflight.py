@@ -109,7 +109,8 @@ def _port_problem(option: str, address: str) -> str:
         try:
             probe.bind(("" if host == "*" else host.strip("[]"), int(port)))
         except OSError as error:
-            return f"{option}: {address} cannot be listened on: {error.strerror}; choose another port, or 0 for a free one"
+            why = f"{address} cannot be listened on: {error.strerror}"
+            return f"{option}: {why}; choose another port, or 0 for a free one"
     return ""
 
 
