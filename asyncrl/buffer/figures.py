@@ -65,6 +65,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     open; None when there is no such step."""
     overlap_steps: int
     """Steps that share is of."""
+    achieved_over_bound: float | None
+    """Mean time from one step's end to the next one's, over the slower side's busy time per step: training
+    from batch to weights, or generation while any lease of the lane train was open."""
     staleness_mean: float | None
     """Rollout steps between the weights that sampled a token and those that it trained, mean over tokens."""
     staleness_max: int | None
@@ -95,6 +98,7 @@ def compute(db: sqlite3.Connection, lineage: Sequence[Training], *, warmup: int)
         num_trained=len(lineage),
         overlap_share=overlapping / len(steps) if steps else None,
         overlap_steps=len(steps),
+        achieved_over_bound=_achieved_over_bound(steps, generating),
         staleness_mean=mean,
         staleness_max=most,
         mixed_samples=_one(
@@ -122,6 +126,18 @@ def compute(db: sqlite3.Connection, lineage: Sequence[Training], *, warmup: int)
             )
         ),
     )
+
+
+def _achieved_over_bound(
+    steps: Sequence[Training], generating: Sequence[tuple[float, float]]
+) -> float | None:
+    if len(steps) < 2:
+        return None
+    begin, end = steps[0].ended, steps[-1].ended
+    trained = sum(row.ended - row.started for row in steps[1:])
+    generated = sum(max(0.0, min(last, end) - max(first, begin)) for first, last in generating)
+    slower = max(trained, generated)
+    return (end - begin) / slower if slower > 0 else None
 
 
 def _one(db: sqlite3.Connection, sql: str) -> int:

@@ -111,7 +111,7 @@ class Want(Message, frozen=True, kw_only=True):
     """Most samples the worker ever holds: a group that exceeds it is split."""
 
 
-class Lease(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Lease(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """The right to work on samples of one group."""
 
     fence: int
@@ -128,7 +128,7 @@ class Leases(Message, frozen=True, kw_only=True):
     leases: list[Lease]
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Response tokens of one sample, and how it stands. One frame each (empty when no tokens are handed in).
 
     PENDING is progress; COMPLETED and TRUNCATED are ends; ABORTED hands the sample back; FAILED is an error.
@@ -153,7 +153,7 @@ class Reports(Message, frozen=True, kw_only=True):
     reports: list[Report]
 
 
-class Ack(msgspec.Struct, frozen=True, array_like=True):
+class Ack(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A result is committed (`accepted`) or was refused by name."""
 
     fence: int
@@ -171,7 +171,7 @@ class Acks(Message, frozen=True, kw_only=True):
     acks: list[Ack]
 
 
-class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One sample's score. One frame each (empty when it failed)."""
 
     fence: int

@@ -14,7 +14,7 @@ Body = Prompt | Segment | Score
 T = TypeVar("T")
 
 
-class GroupParts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class GroupParts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Some samples of one group and how their bodies lie in the frames.
 
     Frames of one group, in order: the prompt; then for each sample its segments, then its score when

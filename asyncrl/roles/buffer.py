@@ -25,6 +25,7 @@ from asyncrl.buffer.ledger import TICK_S, Ledger
 from asyncrl.buffer.members import Members
 from asyncrl.buffer.pump import Pump
 from asyncrl.buffer.restore import release_all, restore
+from asyncrl.buffer.settled import settled
 from asyncrl.buffer.states import Outgoing, Transaction
 from asyncrl.buffer.store import Store
 from asyncrl.errors import ExitCode, RunError
@@ -32,6 +33,7 @@ from asyncrl.link import Delivery, PeerGone, ServerLink, bind
 from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
+from asyncrl.obs.log import group_line
 from asyncrl.obs.view import PhaseUpdate, QueueUpdate
 
 SWITCH_S = 0.0005
@@ -200,6 +202,18 @@ class BufferRole(Actor):
         """On the compute thread: write, then read what the messages carry."""
         assert self._courier is not None
         self.store.write(transaction)
+        for group in settled(self.store.db, transaction):
+            group_line(
+                self.log,
+                group_id=group.group_id,
+                settled=group.reason,
+                lane=group.lane,
+                issue_version=group.version if group.version >= 0 else None,
+                num_samples=group.num_samples,
+                num_tokens=group.num_tokens,
+                step=group.batch + 1 if group.batch >= 0 else None,
+                detail=group.note,
+            )
         if any(name == "checkpoint" for name, _ in transaction.rows):
             self._prune()
         outgoing = [(item, self.store.read(item.bodies)) for item in transaction.sends]

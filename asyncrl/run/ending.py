@@ -15,6 +15,7 @@ from rich.console import Console
 from asyncrl.buffer.audit import audit
 from asyncrl.buffer.records import Records
 from asyncrl.errors import ExitCode, StorageError
+from asyncrl.obs.metrics import MetricsWriter
 from asyncrl.obs.summary import RunSummary, SummaryTable
 from asyncrl.run.session import Session
 from asyncrl.topology.plan import Plan
@@ -57,6 +58,7 @@ def conclude(session: Session, code: ExitCode, *, console: Console) -> ExitCode:
     summary = msgspec.structs.replace(
         summary, exit_code=code, detail=detail, audit_closes=report.closes, audit=verdict
     )
+    _record(run_dir, summary)
     session.run_dir.set_status(exit_code=int(code), detail=detail)
     session.run_dir.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=1))
     console.print(SummaryTable(summary))
@@ -65,6 +67,19 @@ def conclude(session: Session, code: ExitCode, *, console: Console) -> ExitCode:
     for example in session.view.examples:
         console.print(f"  {example}", soft_wrap=True, markup=False)
     return code
+
+
+def _record(run_dir: Path, summary: RunSummary) -> None:
+    """The figures of the whole run, as metrics beside those of its processes."""
+    values = {
+        "overlap/fraction": summary.overlap,
+        "overlap/achieved_over_bound": summary.achieved_over_bound,
+        "staleness/mean": summary.staleness_mean,
+        "staleness/max": summary.staleness_max,
+    }
+    writer = MetricsWriter(run_dir / "metrics" / "supervisor.jsonl")
+    writer.write({name: value for name, value in values.items() if value is not None}, step=summary.steps)
+    writer.close()
 
 
 def summarise(
@@ -95,6 +110,7 @@ def summarise(
         accuracy_exported=exported,
         export_dir=export_dir,
         overlap=figures.overlap_share,
+        achieved_over_bound=figures.achieved_over_bound,
         staleness_mean=figures.staleness_mean,
         staleness_max=figures.staleness_max,
         max_staleness=session.plan.topology.rollout.max_staleness,
