@@ -28,10 +28,8 @@ from asyncrl.messages.sample import Sample, Segment, Status
 from asyncrl.messages.version import Manifest
 from asyncrl.obs.view import MemberUpdate
 from asyncrl.topology.flat import flat_options
+from asyncrl.topology.plan import generator_credit
 from asyncrl.topology.plugins import load_checked
-
-LEAD = 4
-"""A 1/LEAD of `concurrency` is asked for ahead, so that a free slot needs no round trip."""
 
 
 class GeneratorRole(DeskActor):
@@ -47,6 +45,7 @@ class GeneratorRole(DeskActor):
         super().__init__(context)
         assert context.index is not None, "a generator has a table"
         self.table = self.plan.topology.generator[context.index]
+        self.capacity = generator_credit(self.table)
         self.outbox = Outbox(self.send)
         self.swapper = Swapper(
             mode=OnNewWeights(self.table.on_new_weights),
@@ -188,13 +187,9 @@ class GeneratorRole(DeskActor):
                 num_bytes=num_bytes,
                 version=version,
                 incarnation=incarnation,
-                capacity=self._capacity,
+                capacity=self.capacity,
             )
         )
-
-    @property
-    def _capacity(self) -> int:
-        return self.table.concurrency + self.table.concurrency // LEAD
 
     # Versions.
 
@@ -218,7 +213,7 @@ class GeneratorRole(DeskActor):
             self.log.info(
                 "version", version=manifest.version, digest=manifest.digest, pause_s=swapped.pause_s
             )
-            await self._give_credit(self._capacity if first else 0, self.table.max_bytes if first else 0)
+            await self._give_credit(self.capacity if first else 0, self.table.max_bytes if first else 0)
 
     # The end.
 

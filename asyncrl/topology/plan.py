@@ -21,6 +21,10 @@ REFUSED_BATCHES = 10
 """`rollout.max_refused_per_step`, in batches, when a topology leaves it out."""
 
 
+LEAD = 4
+"""A generator asks for 1/LEAD of its concurrency ahead, so that a free slot needs no round trip."""
+
+
 class ProcessPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One process to start."""
 
@@ -225,7 +229,7 @@ def _credits(topology: Topology) -> list[Credit]:
             max_bytes=window,
         ),
         *(
-            Credit(hop=f"buffer -> {name}", samples=table.concurrency, max_bytes=table.max_bytes)
+            Credit(hop=f"buffer -> {name}", samples=generator_credit(table), max_bytes=table.max_bytes)
             for table in topology.generator
             for name in checks.process_names(table)
         ),
@@ -236,6 +240,11 @@ def _credits(topology: Topology) -> list[Credit]:
         ),
         Credit(hop="buffer -> trainer", samples=ahead, max_bytes=window),
     ]
+
+
+def generator_credit(table: GeneratorConfig) -> int:
+    """Samples that a generator may hold: those in work, and some that wait for a slot."""
+    return table.concurrency + table.concurrency // LEAD
 
 
 def _eval_sets(evals: EvalConfig) -> list[EvalSet]:

@@ -57,12 +57,21 @@ def run(options: Options) -> Section:
         settings={"seeds": seeds, "overlap after": f"{WARMUP} steps"},
         tables=[_accuracies(outcomes), _asynchrony(outcomes)],
         targets=[
-            Target("held-out accuracy at the end, worst seed", worst, 0.90, "", at_least=True),
+            Target(what="held-out accuracy at the end, worst seed", value=worst, bound=0.90),
             Target(
-                "before training, best seed", max(o.accuracy[0] for o in outcomes), 0.45, "", at_least=False
+                what="before training, best seed",
+                value=max(o.accuracy[0] for o in outcomes),
+                bound=0.45,
+                at_least=False,
             ),
-            Target("seconds of RL, slowest seed", max(o.rl_s for o in outcomes), 180, "s", at_least=False),
-            Target("overlap, worst seed", min(o.overlap for o in outcomes), 0.80, "", at_least=True),
+            Target(
+                what="RL, slowest seed",
+                value=max(o.rl_s for o in outcomes),
+                bound=180.0,
+                unit="s",
+                at_least=False,
+            ),
+            Target(what="overlap, worst seed", value=min(o.overlap for o in outcomes), bound=0.80),
         ],
         data={"outcomes": msgspec.to_builtins(outcomes)},
     )
