@@ -55,6 +55,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain help: importing rich for a box around it would double the time it takes.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -150,7 +152,10 @@ def detach(
 
 @app.command()
 def status(run: LiveRun = None, *, as_json: AsJson = False, key: KeyFile = None) -> None:
-    """Show members, versions, leases and queues of a live run, or how a finished one ended."""
+    """Show how a run stands: members, versions, leases.
+
+    Of a live run also its queues and who waits for what; of a finished one how it ended.
+    """
     from asyncrl.cli import live
 
     _leave(live.status(run, as_json=as_json, key=key))
@@ -165,7 +170,10 @@ def replay(
         int | None, typer.Option("--threads", metavar="N", help="Threads; default: as recorded.")
     ] = None,
 ) -> None:
-    """Train again, alone, on the recorded samples of a run, and compare the weights."""
+    """Train again on a run's records; compare the weights.
+
+    The trainer alone, no generators. Without --set the weights must come out equal to the bit.
+    """
     from asyncrl.cli import records
 
     _leave(records.replay(run, overrides=overrides or [], num_threads=num_threads))
@@ -173,7 +181,10 @@ def replay(
 
 @app.command()
 def audit(run: Run, *, as_json: AsJson = False) -> None:
-    """Prove from a run's records that nothing was lost and nothing trained twice."""
+    """Prove from the records that nothing was lost.
+
+    Nor trained twice: every equation of the ledger is checked from the rows alone.
+    """
     from asyncrl.cli import records
 
     _leave(records.audit(run, as_json=as_json))
