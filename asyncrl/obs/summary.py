@@ -83,7 +83,8 @@ def next_steps(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.exit_code is ExitCode.DRAINED:
         return [("go on", f"asyncrl launch --resume {run_dir}")]
     steps = [("check the books", f"asyncrl audit {run_dir}")]
-    if summary.exit_code is ExitCode.FINISHED:
+    trained_all = summary.total_steps is not None and summary.steps >= summary.total_steps
+    if summary.exit_code is ExitCode.FINISHED or trained_all:
         steps.append(("train it again", f"asyncrl replay {run_dir}"))
         steps.append(("look inside", f"asyncrl status {run_dir}"))
     else:
