@@ -74,7 +74,8 @@ def status(run: str | None, *, as_json: bool, key: Path | None) -> int:
     """Print how a run stands."""
     place = find(run)
     facts = _facts(place, key)
-    console = Console(highlight=False)
+    # Where the output is no terminal nobody says how wide it is, and a cut table helps nobody.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     if as_json:
         console.out(msgspec.json.format(msgspec.json.encode(facts), indent=1).decode(), highlight=False)
     else:
@@ -109,7 +110,7 @@ def _show(facts: dict[str, Any], console: Console) -> None:
 
 def _members(members: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("  member", "role", "state", "version", "tokens", "waits for", "pid", "restarts"):
+    for heading in ("  member", "state", "version", "tokens", "waits for", "pid", "restarts"):
         table.add_column(heading, no_wrap=True)
     for member in members:
         report = member.get("report") or {}
@@ -117,10 +118,9 @@ def _members(members: list[dict[str, Any]]) -> Table:
         since = f" {duration(report.get('waits_for_s') or 0.0)}" if waits else ""
         version = report.get("version")
         table.add_row(
-            f"  {member['name']}", member["role"], _state(member),
-            "" if version is None else str(version), short(report.get("generated_tokens") or 0),
-            f"{waits}{since}",
-            str(member["pid"] or ""), str(member["restarts"]),
+            f"  {member['name']}", _state(member), "" if version is None else str(version),
+            short(report.get("generated_tokens") or 0), f"{waits}{since}", str(member["pid"] or ""),
+            str(member["restarts"]),
         )  # fmt: skip
     return table
 
