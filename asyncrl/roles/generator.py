@@ -26,6 +26,7 @@ from asyncrl.messages.hooks import Args
 from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Segment, Status
 from asyncrl.messages.version import Manifest
+from asyncrl.obs.log import version_line
 from asyncrl.obs.view import MemberUpdate
 from asyncrl.topology.flat import flat_options
 from asyncrl.topology.plan import generator_credit
@@ -210,8 +211,15 @@ class GeneratorRole(DeskActor):
             self._pause_s = swapped.pause_s
             await self.send(swapped)
             self.metrics.write(push_metrics(swapped, manifest))
-            self.log.info(
-                "version", version=manifest.version, digest=manifest.digest, pause_s=swapped.pause_s
+            version_line(
+                self.log,
+                version=manifest.version,
+                incarnation=manifest.incarnation,
+                step=manifest.step,
+                digest=manifest.digest,
+                num_bytes=manifest.num_bytes,
+                seconds=swapped.transfer_s,
+                pause_s=swapped.pause_s,
             )
             await self._give_credit(self.capacity if first else 0, self.table.max_bytes if first else 0)
 

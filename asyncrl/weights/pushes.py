@@ -36,6 +36,8 @@ class PushSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Versions whose bytes stay, at least."""
     address: str
     """Of the stream endpoint; empty: none."""
+    mapped: bool = True
+    """Whether receivers of this host may map the files (carrier "auto" and "shm")."""
 
 
 def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings:
@@ -50,6 +52,7 @@ def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings
         run_dir=str(run_dir),
         keep=2,
         address="" if topology.weights.carrier == "shm" else address,
+        mapped=topology.weights.carrier != "stream",
     )
 
 
@@ -137,6 +140,8 @@ class Pushes:
             old = self._recorded
             if old is not None and (old.version, old.digest) == (manifest.version, manifest.digest):
                 manifest = msgspec.structs.replace(manifest, incarnation=old.incarnation)
+            if not self._settings.mapped:
+                manifest = msgspec.structs.replace(manifest, path="", host="")
             self._record({"perf/update_weights_time": time.monotonic() - began}, job.version)
             await self._send(Published(manifest=manifest))
 

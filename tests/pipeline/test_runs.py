@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,65 @@ def test_the_same_seed_gives_the_same_records_and_weights(tmp_path: Path, model:
         "select group_id, idx, tokens, reward from samples where state = 'trained' order by 1, 2",
     ):
         assert rows(first.path, query) == rows(second.path, query) != []
+
+
+def test_weights_travel_by_stream_when_that_is_asked_for(tmp_path: Path, model: Path) -> None:
+    """Fails when carrier = "stream" still lets receivers of this host map the publisher's file."""
+    run = run_inside(tmp_path, model, {**EMBEDDED, "weights.carrier": "stream"})
+    assert run.code == ExitCode.FINISHED
+    assert_closed(run.path)
+    manifests = [json.loads(row[0]) for row in rows(run.path, "select manifest from versions")]
+    assert len(manifests) == 4
+    assert all(not m["path"] and m["address"] == "memory://publisher" for m in manifests)
+
+
+DATA_SOURCE = '''
+import json
+from pathlib import Path
+
+
+class Sample:
+    def __init__(self, number):
+        self.prompt, self.label, self.metadata = f"{number}+1", str(number + 1), {"number": number}
+
+
+class Numbers:
+    """slime's interface: counts up, and keeps its place in its own files."""
+
+    def __init__(self, args):
+        self.args, self.next = args, 10
+
+    def get_samples(self, num_samples):
+        groups = [[Sample(self.next + i)] * self.args.n_samples_per_prompt for i in range(num_samples)]
+        self.next += num_samples
+        return groups
+
+    def add_samples(self, samples):
+        raise AssertionError("the buffer keeps what is handed back")
+
+    def save(self, rollout_id):
+        (Path(self.args.save) / f"{rollout_id}.txt").write_text(str(self.next))
+
+    def load(self, rollout_id=None):
+        path = Path(self.args.load) / f"{rollout_id}.txt"
+        if path.exists():
+            self.next = int(path.read_text())
+'''
+
+
+def test_a_data_source_class_of_the_users_feeds_a_run(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "numbers.py").write_text(DATA_SOURCE, encoding="utf-8")
+    options = {
+        "source.prompt_data": None,
+        "source.label_key": None,
+        "source.data_source_path": f"{tmp_path / 'numbers.py'}:Numbers",
+    }
+    run = run_inside(tmp_path, model, options)
+    assert run.code == ExitCode.FINISHED, run.detail
+    assert_closed(run.path)
+    with Records(run.path) as records:
+        labels = {
+            int(group[0].prompt.label) for row in records.batches() for group in records.batch(row.batch)
+        }
+    assert len(labels) == 3 * 4
+    assert min(labels) == 11
