@@ -253,7 +253,8 @@ class Ledger:
     def _count_refusal(self, reason: str) -> None:
         """Groups that no batch will ever have: too many in a row, and the run would go round for ever."""
         self.batches.refused += 1
-        if self.batches.refused > self.config.max_refused_per_step:
+        # Verdicts may still arrive before the run ends: the first one over the limit is the one to report.
+        if self.batches.refused > self.config.max_refused_per_step and not self.failure:
             self.failure = (
                 f"{self.batches.refused} groups in a row were refused by the filters or failed without a "
                 f"batch being cut (rollout.max_refused_per_step = {self.config.max_refused_per_step}); the "

@@ -372,6 +372,9 @@ def test_too_many_refusals_in_a_row_fail_the_run_by_name(make: Make) -> None:
     assert "4 groups in a row" in text
     assert "rollout.max_refused_per_step = 3" in text
     assert "all the same" in text
+    # A verdict that was on its way does not rewrite the reason.
+    world.desk.ledger._count_refusal("later")
+    assert world.desk.ledger.failure == text
 
 
 def test_the_source_is_asked_for_no_more_than_the_run_needs(make: Make) -> None:
