@@ -90,7 +90,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a swap of weights did."""
 
     pause_s: float
-    """From the last token under the old version to the moment one under the new may be sampled."""
+    """From the last token under the old version to the first under the new; where nothing runs any more, to
+    the moment one may be sampled."""
     aborted: int
     """Requests that ended with "abort" (mode abort only)."""
     recomputed_tokens: int

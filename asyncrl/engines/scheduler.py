@@ -91,6 +91,8 @@ class Scheduler:
         self.prefixes = PrefixStore(max_tokens=PREFIX_STORE_TOKENS)
         self.events: list[tuple[int, Chunk]] = []
         self._swaps: deque[Swap] = deque()
+        self._taken: list[tuple[Swap, float, int, int]] = []
+        """Swaps that are done and not reported: (swap, since when it paused, aborted, recomputed tokens)."""
         self._is_end_V = np.zeros(config.vocab_size, dtype=bool)
         self._is_end_V[[i for i in config.eos_ids if i < config.vocab_size]] = True
         self._last_token_time = 0.0
@@ -134,6 +136,7 @@ class Scheduler:
             self._admit()
         if self.rows.works:
             self._decode_step()
+        self._report_swaps()
 
     def _may_swap(self, swap: Swap) -> bool:
         return swap.mode is not OnNewWeights.FINISH or not self.rows.works or swap.cancelled()
@@ -158,7 +161,14 @@ class Scheduler:
         if swap.mode is OnNewWeights.RECOMPUTE:
             recomputed = self._fill_rows(list(range(len(self.rows))))
         since = self._last_token_time if swap.was_running else swap.since
-        swap.done(LoadReport(pause_s=time.monotonic() - since, aborted=aborted, recomputed_tokens=recomputed))
+        self._taken.append((swap, since, aborted, recomputed))
+
+    def _report_swaps(self) -> None:
+        """Say how swaps went: after the first token under the new weights, where anything runs."""
+        now = time.monotonic()
+        for swap, since, aborted, recomputed in self._taken:
+            swap.done(LoadReport(pause_s=now - since, aborted=aborted, recomputed_tokens=recomputed))
+        self._taken.clear()
 
     def _admit(self) -> None:
         joined = []

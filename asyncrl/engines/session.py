@@ -70,6 +70,14 @@ def request_for(plan: Plan, sample: Sample, *, uid: str) -> GenerateRequest:
     )
 
 
+async def warm_up(engine: Engine) -> None:
+    """One token of no sample's: whatever an engine does at its first request is done before work comes."""
+    params = SamplingParams(max_new_tokens=1)
+    request = GenerateRequest(uid="warm-up", prompt=pack_tokens([0]), params=params, seed=0)
+    async for _ in engine.generate(request):
+        pass
+
+
 async def generate(engine: Engine, request: GenerateRequest) -> AsyncIterator[Piece]:
     """The pieces of one response; the last one has a status other than PENDING."""
     if len(request.prefix) // 4 >= request.params.max_new_tokens:

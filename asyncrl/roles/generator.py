@@ -207,6 +207,8 @@ class GeneratorRole(DeskActor):
             if swapped is None:
                 continue  # retired while we were fetching it: a newer one has been announced
             first = self.version[0] < 0
+            if first:
+                await session.warm_up(self.engine)
             self.version = (manifest.version, manifest.incarnation)
             self._pause_s = swapped.pause_s
             await self.send(swapped)
