@@ -11,7 +11,6 @@ from typing import Any
 
 from asyncrl.buffer.states import (
     BATCHED,
-    FRESH,
     PROMPT_INDEX,
     BodyRow,
     GroupRecord,
@@ -209,8 +208,3 @@ class Book:
         )
         self.totals["received.bodies"] += 1
         return body
-
-
-def is_unfinished(sample: SampleRecord) -> bool:
-    """Whether it waits for a generator."""
-    return sample.state == FRESH

@@ -14,7 +14,6 @@ from asyncrl.messages.control import (
     Lease,
     Leases,
     MemberLost,
-    NewVersion,
     Published,
     Saved,
     Swapped,
@@ -225,8 +224,3 @@ class Members:
             if evaluation is not None and evaluation.done and evaluation.key == (version, incarnation):
                 evaluation.seen = True
                 self.ledger.book.row("evaluation_seen", version, incarnation)
-
-    def tell_version(self, worker: WorkerRecord) -> None:
-        """Name the announced version to a generator again (it asked for work under an unknown one)."""
-        if self.ledger.versions.announced is not None:
-            self.ledger.book.send(worker.peer, NewVersion(manifest=self.ledger.versions.announced))

@@ -77,6 +77,7 @@ class Store:
                 self._write_rows(transaction, locations)
                 self._db.execute("commit")
             except BaseException:
+                # Whatever it was, also a cancellation: an open transaction would block every later one.
                 if self._db.in_transaction:  # a full disk makes SQLite roll back by itself
                     self._db.execute("rollback")
                 raise

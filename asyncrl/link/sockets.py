@@ -166,6 +166,7 @@ class SocketServer(_SocketLink):
                 arm_server(self._socket, key=security)
             self._bind(address)
         except BaseException:
+            # Whatever it was: nobody else would know of the socket.
             self._abandon()
             raise
         if self._doorkeeper is not None:

@@ -46,11 +46,6 @@ def encode_body(body: Body) -> bytes:
     return msgspec.msgpack.encode(body)
 
 
-def decode_prompt(frame: bytes) -> Prompt:
-    """The prompt in a frame. Raises ProtocolError."""
-    return _decode(frame, Prompt)
-
-
 def unpack(groups: Iterable[GroupParts], frames: Iterable[bytes]) -> list[list[Sample]]:
     """The samples of each group, in the order of the parts. Raises ProtocolError when frames do not fit."""
     stream = iter(frames)
