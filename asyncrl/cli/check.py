@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from asyncrl.topology import words
+from asyncrl.topology import presets, words
 from asyncrl.topology.load import load
 from asyncrl.topology.plan import Plan, compile_plan
 
@@ -36,10 +36,22 @@ def show(plan: Plan, console: Console, *, title: str) -> None:
     _section(console, "schedule")
     for line in words.schedule_in_words(plan):
         console.print(f"  - {line}", markup=False)
+    if plan.topology.algorithm.correction:
+        _section(console, "correction")
+        for line in expansion(plan):
+            console.print(f"  {line}", markup=False)
     found = [*words.warnings(plan), *missing_files(plan)]
     _section(console, "warnings" if found else "no warnings")
     for line in found:
         console.print(f"  - {line}", markup=False)
+
+
+def expansion(plan: Plan) -> list[str]:
+    """What algorithm.correction stands for: the flags that the plan records, one on each line."""
+    algorithm, rollout = plan.topology.algorithm, plan.topology.rollout
+    flags, _ = presets.flags_of(algorithm.correction, response_length=rollout.rollout_max_response_len)
+    lines = [f"algorithm.{line}" for line in presets.written(flags)]
+    return [f'"{algorithm.correction}" stands for', *(f"  {line}" for line in lines or ["no flag"])]
 
 
 def addresses(plan: Plan) -> list[str]:
@@ -63,7 +75,10 @@ def missing_files(plan: Plan) -> Iterator[str]:
         "run.key": topology.run.key,
         "run.custom_config_path": topology.run.custom_config_path,
     }
-    if topology.algorithm.use_kl_loss:
+    named["trainer.load"] = topology.trainer.load
+    named["trainer.critic_load"] = topology.trainer.critic_load
+    named["algorithm.opd_teacher_load"] = topology.algorithm.opd_teacher_load
+    if topology.algorithm.use_kl_loss or topology.algorithm.kl_coef:
         named["trainer.ref_load"] = topology.trainer.ref_load
     for option, path in named.items():
         if path is not None and not Path(path).exists():

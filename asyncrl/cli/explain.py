@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import typer
 
 from asyncrl.errors import ConfigError
-from asyncrl.topology import catalogue, foreign
+from asyncrl.topology import catalogue, foreign, presets
 from asyncrl.topology.catalogue import Option, TableInfo
 from asyncrl.topology.ranges import RANGES
 from asyncrl.topology.template import literal
@@ -83,6 +83,15 @@ def _option(option: Option) -> Iterator[str]:
     for label, text in _facts(option):
         if text:
             yield f"  {label + ':':<14}{text}"
+    if option.path == "algorithm.correction":
+        yield from _presets()
+
+
+def _presets() -> Iterator[str]:
+    yield ""
+    yield "  presets:"
+    for name, flags, says in presets.listing():
+        yield from _entry(name, f"{flags or 'nothing'}: {says}.", indent=4, below=True)
 
 
 def _facts(option: Option) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ def open_source(plan: Plan, run_dir: Path) -> PromptSource:
     tokenizer = Tokenizer.load(plan.topology.trainer.hf_checkpoint, option="trainer.hf_checkpoint")
     spec = prompt_spec(plan)
     if source.data_source_path is not None:
-        args = Args(flat_options(plan), custom_config_path=plan.topology.run.custom_config_path)
+        args = Args(flat_options(plan.topology), custom_config_path=plan.topology.run.custom_config_path)
         builder = PromptBuilder(tokenizer, spec=spec, option="source.data_source_path")
         return HookSource.open(
             source.data_source_path, args=args, directory=run_dir / "source", builder=builder

@@ -12,6 +12,7 @@ from pathlib import Path
 from asyncrl.data.open import eval_sets, open_source
 from asyncrl.data.tokenizer import Tokenizer
 from asyncrl.errors import AsyncrlError, ConfigError, DataError
+from asyncrl.topology.hook_kinds import ALGORITHM_HOOKS
 from asyncrl.topology.plan import Plan, with_prompts
 from asyncrl.topology.plugins import check_plugins, is_plugin_path
 
@@ -30,6 +31,7 @@ def preflight(plan: Plan, run_dir: Path) -> Plan:
                 num_prompts = open_source(plan, run_dir).num_prompts
             except AsyncrlError as error:
                 problems.append(str(error))
+    problems += _other_directory_problems(plan)
     problems += _plugin_problems(plan)
     problems += _address_problems(plan)
     if problems:
@@ -65,6 +67,20 @@ def _model_problems(plan: Plan) -> list[str]:
             f"{limit} (rollout_max_context_len or the model's max_position_embeddings); lower it"
         )
     return problems
+
+
+def _other_directory_problems(plan: Plan) -> list[str]:
+    trainer, model = plan.topology.trainer, "a model directory"
+    named = {
+        "trainer.load": (trainer.load, "a checkpoint's directory (RUN/checkpoints/step-NNNNNN)"),
+        "trainer.critic_load": (trainer.critic_load, model),
+        "algorithm.opd_teacher_load": (plan.topology.algorithm.opd_teacher_load, model),
+    }
+    return [
+        f"{option}: {path} is not a directory; give {what}"
+        for option, (path, what) in named.items()
+        if path is not None and not Path(path).is_dir()
+    ]
 
 
 def _tokenizer_problem(plan: Plan) -> str:
@@ -127,6 +143,8 @@ def _plugin_problems(plan: Plan) -> list[str]:
         ("rollout.custom_generate_function_path", "generate", rollout.custom_generate_function_path),
         ("source.data_source_path", "data_source", plan.topology.source.data_source_path),
     ]
+    for option, kind in ALGORITHM_HOOKS.items():
+        named.append((f"algorithm.{option}", kind, getattr(plan.topology.algorithm, option)))
     for table in plan.topology.reward:
         if is_plugin_path(table.use):
             kind = "group_reward" if table.group_rm else "reward"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from asyncrl.topology import batch, catalogue
+from asyncrl.topology import batch, catalogue, checks_algorithm, checks_trainer
 from asyncrl.topology.plugins import BOXED, check_reward_name
 from asyncrl.topology.ranges import RANGES, Range
 from asyncrl.topology.schema import GeneratorConfig, RewardConfig, Topology
@@ -23,13 +23,24 @@ RESERVED = ("source", "buffer", "trainer", "supervisor", "evaluator")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*%?")
-_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
 def problems(topology: Topology) -> list[str]:
     """Every reason why this topology cannot run; empty when it can."""
     found: list[str] = []
-    for check in (_ranges, _names, _addresses, _schedule, _batch, _data, _lengths, _loss, _rewards, _rest):
+    for check in (
+        _ranges,
+        _names,
+        _addresses,
+        _schedule,
+        _batch,
+        _data,
+        _lengths,
+        checks_algorithm.problems,
+        checks_trainer.problems,
+        _rewards,
+        _rest,
+    ):
         found.extend(check(topology))
     return found
 
@@ -186,25 +197,6 @@ def _lengths(topology: Topology) -> Iterator[str]:
             )
 
 
-def _loss(topology: Topology) -> Iterator[str]:
-    algorithm = topology.algorithm
-    if algorithm.use_tis and algorithm.use_rollout_logprobs:
-        yield (
-            "algorithm.use_tis: exclusive with use_rollout_logprobs (the ratio to the engine's log-probs "
-            "would be applied twice); set one of them to false"
-        )
-    if algorithm.tis_clip_low >= algorithm.tis_clip:
-        yield (
-            f"algorithm.tis_clip_low: given {algorithm.tis_clip_low:g}; allowed: below tis_clip = "
-            f"{algorithm.tis_clip:g}"
-        )
-    if algorithm.kl_loss_coef and not algorithm.use_kl_loss:
-        yield (
-            f"algorithm.kl_loss_coef: given {algorithm.kl_loss_coef:g}, which has no effect without "
-            f"use_kl_loss = true; set that, or leave kl_loss_coef out"
-        )
-
-
 def _rewards(topology: Topology) -> Iterator[str]:
     for reward in topology.reward:
         place = where("reward", reward)
@@ -214,7 +206,7 @@ def _rewards(topology: Topology) -> Iterator[str]:
 
 
 def _rest(topology: Topology) -> Iterator[str]:
-    run, trainer = topology.run, topology.trainer
+    run = topology.run
     for generator in topology.generator:
         if generator.engine not in ENGINES:
             yield (
@@ -225,7 +217,3 @@ def _rest(topology: Topology) -> Iterator[str]:
         yield (
             f"run.dead_after_s: given {run.dead_after_s:g}; allowed: above heartbeat_s = {run.heartbeat_s:g}"
         )
-    if trainer.min_lr > trainer.lr:
-        yield f"trainer.min_lr: given {trainer.min_lr:g}; allowed: at most lr = {trainer.lr:g}"
-    if not _DEVICE.fullmatch(trainer.device):
-        yield f'trainer.device: given "{trainer.device}"; allowed: cpu, cuda, cuda:N, mps'

@@ -102,7 +102,8 @@ def _wrong_value(option: Option, given: Any) -> str:
     except msgspec.ValidationError:
         allowed = catalogue.allowed_values(option)
         if allowed and isinstance(given, str):
-            close = catalogue.did_you_mean(given, allowed)
+            ours = foreign.our_value(option.path, given)
+            close = f'; write "{ours}"' if ours else catalogue.did_you_mean(given, allowed)
             return f'unknown value "{given}"; allowed: {", ".join(allowed)}{close}'
         words = catalogue.type_in_words(option.type)
         return f"given {in_words(given)}; allowed: {words}{_hint(option, given)}"
@@ -157,7 +158,7 @@ def _translated(known: foreign.Foreign, given: Any) -> str:
     text = f"asyncrl's name is {known.ours}"
     value = known.values.get(str(given).lower() if isinstance(given, bool) else str(given))
     if value is not None:
-        quoted = value if isinstance(given, bool) else f'"{value}"'
+        quoted = value if value in {"true", "false"} else f'"{value}"'
         text += f"; write {known.ours} = {quoted}"
     return f"{text} ({known.says})" if known.says else text
 

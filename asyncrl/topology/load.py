@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.errors import ConfigError
-from asyncrl.topology import catalogue, foreign
+from asyncrl.topology import catalogue, foreign, presets
 from asyncrl.topology.catalogue import Option, TableInfo
 from asyncrl.topology.decode import Decoder, Key, converts
 from asyncrl.topology.schema import Topology
@@ -43,13 +43,15 @@ def override(topology: Topology, overrides: Sequence[str], *, source: str = "top
     """A topology that was loaded before, with overrides applied.
 
     A compiled plan's topology has its derived values filled in, so an override of one of them may need its
-    companions, too (global_batch_size with num_steps_per_rollout).
+    companions, too (global_batch_size with num_steps_per_rollout). An override of algorithm.correction takes
+    the place of all corrections that the topology had.
     """
     raw = {
         name: [_given(item) for item in value] if isinstance(value, list) else _given(value)
         for name, value in msgspec.to_builtins(topology).items()
     }
-    return _decode(raw, overrides, source=source)
+    presets.retract(raw)
+    return _decode(raw, overrides, source=source, correction_replaces=True)
 
 
 def _given(table: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +69,9 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: not valid TOML: not UTF-8 at byte {error.start}") from None
 
 
-def _decode(raw: dict[str, Any], overrides: Sequence[str], *, source: str) -> Topology:
+def _decode(
+    raw: dict[str, Any], overrides: Sequence[str], *, source: str, correction_replaces: bool = False
+) -> Topology:
     problems: list[str] = []
     overridden: set[Key] = set()
     for text in overrides:
@@ -75,6 +79,11 @@ def _decode(raw: dict[str, Any], overrides: Sequence[str], *, source: str) -> To
             overridden.add(_apply(raw, text))
         except ConfigError as error:
             problems.extend(error.problems)
+    given = {key for table, _, key in overridden if table == "algorithm"}
+    replaces = correction_replaces and "correction" in given
+    for problem in presets.expand(raw, replaces=replaces, given=given):
+        key = problem.partition(":")[0].removeprefix("algorithm.")
+        problems.append(f"{'--set' if key in given else source}: {problem}")
     decoder = Decoder(source, overridden=frozenset(overridden))
     topology = decoder.topology(raw)
     if problems or topology is None:

@@ -24,6 +24,11 @@ def absolute(topology: Topology) -> Topology:
             trainer,
             hf_checkpoint=_absolute(trainer.hf_checkpoint) or "",
             ref_load=_absolute(trainer.ref_load),
+            load=_absolute(trainer.load),
+            critic_load=_absolute(trainer.critic_load),
+        ),
+        algorithm=replace(
+            topology.algorithm, opd_teacher_load=_absolute(topology.algorithm.opd_teacher_load)
         ),
         eval=replace(evals, eval_prompt_data=data),
         weights=replace(topology.weights, directory=_absolute(topology.weights.directory)),

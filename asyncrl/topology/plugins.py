@@ -1,9 +1,9 @@
 """Finding user code by its path, and checking its signature before a run depends on it.
 
 Owns the three spellings of a path (`package.module:function`, `package.module.function`,
-`path/to/file.py:function`), the documented signatures, and the names of built-in rewards. It never calls a
-hook. User code may import anything, so processes that must stay light (the supervisor) use `check_plugins`,
-which imports in a child: `python -m asyncrl.topology.plugins CHECK...`.
+`path/to/file.py:function`) and the names of built-in rewards; the documented signatures are in `hook_kinds`.
+It never calls a hook. User code may import anything, so processes that must stay light (the supervisor) use
+`check_plugins`, which imports in a child: `python -m asyncrl.topology.plugins CHECK...`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from asyncrl.errors import AsyncrlError, PluginError
+from asyncrl.topology.hook_kinds import KINDS, Hook
 
 BUILTIN_REWARDS = ("math", "exact", "random", "deterministic_random", "remote_rm")
 """Rewards that need no code of the user's."""
@@ -36,44 +36,6 @@ BOXED = "boxed_"
 
 CHECK_TIMEOUT_S = 120.0
 """Importing a plug-in may import torch, which takes long on a cold disk."""
-
-
-@dataclass(frozen=True)
-class Hook:
-    """What a kind of hook looks like."""
-
-    forms: tuple[tuple[str, ...], ...]
-    """Names of the positional arguments of each accepted call."""
-    is_async: bool | None = False
-    """True: must be a coroutine function. None: either."""
-    methods: tuple[str, ...] = ()
-    """For a class: the methods it must have."""
-
-    def describe(self) -> str:
-        """The accepted signatures, for an error message."""
-        if self.methods:
-            return f"class Name{_shown(self.forms[0])} with methods {', '.join(self.methods)}"
-        prefix = "async def" if self.is_async else "def"
-        return " or ".join(f"{prefix} name{_shown(form)}" for form in self.forms)
-
-
-KINDS: dict[str, Hook] = {
-    "reward": Hook((("sample",), ("args", "sample")), is_async=None),
-    "group_reward": Hook((("samples",), ("args", "samples")), is_async=None),
-    "dynamic_sampling_filter": Hook((("args", "samples"),)),
-    "buffer_filter": Hook((("args", "rollout_id", "buffer", "num_samples"),)),
-    "rollout_sample_filter": Hook((("args", "data"),)),
-    "generate": Hook(
-        (("args", "sample", "sampling_params"), ("args", "sample", "sampling_params", "evaluation")),
-        is_async=True,
-    ),
-    "data_source": Hook((("args",),), methods=("get_samples", "add_samples", "save", "load")),
-}
-"""Every kind `check_signature` knows."""
-
-
-def _shown(form: Sequence[str]) -> str:
-    return f"({', '.join(form)})"
 
 
 def is_plugin_path(use: str) -> bool:
@@ -215,14 +177,14 @@ def _matching_form(hook: Callable[..., object], expected: Hook, *, option: str) 
         raise PluginError(f"{option}: {hook!r} has no Python signature; wrap it in a function") from error
     names = list(signature.parameters)
     # The longer form wins only by name: fn(sample, strict=False) is no (args, sample).
-    forms = [f for f in expected.forms if _binds(signature, f)]
+    forms = [f for f in expected.forms if _binds(signature, f, keywords=expected.keywords)]
     named = [f for f in forms if tuple(names[: len(f)]) == f or (names[:1] == ["args"] and len(f) > 1)]
     return max(named, key=len) if named else (forms[0] if forms else None)
 
 
-def _binds(signature: inspect.Signature, form: tuple[str, ...]) -> bool:
+def _binds(signature: inspect.Signature, form: tuple[str, ...], *, keywords: tuple[str, ...] = ()) -> bool:
     try:
-        signature.bind(*form)
+        signature.bind(*form, **dict.fromkeys(keywords))
     except TypeError:
         return False
     return True

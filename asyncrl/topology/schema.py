@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from asyncrl.topology.training import AlgorithmConfig, TrainerConfig
+from asyncrl.topology.algorithm import AlgorithmConfig
+from asyncrl.topology.training import TrainerConfig
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

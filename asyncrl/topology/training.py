@@ -1,6 +1,6 @@
-"""The tables of a topology file that describe training: [trainer] and [algorithm].
+"""The table [trainer] of a topology file: the model, its optimizer, batches and checkpoints.
 
-See `schema` for the rules of names and defaults.
+See `schema` for the rules of names and defaults, and `algorithm` for the other table about training.
 """
 
 from __future__ import annotations
@@ -8,6 +8,10 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+
+from asyncrl.topology.algorithm import AlgorithmConfig
+
+__all__ = ["AlgorithmConfig", "TrainerConfig"]
 
 
 class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,12 +26,28 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds that a rollout step takes under backend = "scripted"; the others ignore it."""
     ref_load: str | None = None
     """Directory of the reference model for the KL loss. None: `hf_checkpoint`."""
+    ref_update_interval: int | None = None
+    """Rollout steps after which the reference becomes a copy of the actor, again and again. None: never."""
+    load: str | None = None
+    """Checkpoint directory of another run to start from: weights, optimizer, critic and the schedule's
+    position (`asyncrl launch --resume RUN` continues the same run instead). None: `hf_checkpoint`, at step
+    0."""
+    no_load_optim: bool = False
+    """Take only the weights from `load`: a fresh optimizer, and the schedule starts at 0."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Take the options of the learning rate's schedule from the checkpoint, whatever this file says
+    (Megatron). With neither this nor override_opt_param_scheduler, the two must agree."""
+    override_opt_param_scheduler: bool = False
+    """Take the options of the schedule from this file, whatever the checkpoint says (Megatron)."""
     num_threads: int = 1
     """Threads torch may use; recorded, and pinned again by `asyncrl replay`."""
     device: str = "cpu"
     """torch device of the trainer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights in training."""
+    """Type of the weights in training (Miles: --bf16, --fp16)."""
+    main_params_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights that the optimizer updates when dtype = "bfloat16": "float32" keeps a master copy,
+    "bfloat16" updates the weights themselves."""
     deterministic: bool = True
     """Only deterministic kernels, so that a recorded batch trains to the same bits (Miles:
     --deterministic-mode, default off there; asyncrl's replay and recovery rest on it)."""
@@ -45,10 +65,29 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Tokens (prompt and answer) per micro-batch. None: 8192. A longer sample sits alone."""
     micro_batch_size: int = 1
     """Samples per micro-batch when use_dynamic_batch_size is off."""
+    log_probs_max_tokens_per_gpu: int | None = None
+    """Tokens per micro-batch of passes without gradient (old, reference, teacher). None:
+    `max_tokens_per_gpu`."""
+    balance_data: bool = False
+    """Deal a step's samples to ranks so that their tokens are even (largest differencing, Karmarkar-Karp)."""
+    balance_by_flops: bool = False
+    """balance_data by the estimated work of a sample, attention included, instead of its tokens."""
+    use_dynamic_global_batch_size: bool = False
+    """Train all samples of a rollout step even where filters or hooks changed their number: the samples per
+    optimizer step follow from num_steps_per_rollout. Off: another number than global_batch_size x
+    num_steps_per_rollout is an error."""
+    data_pad_size_multiplier: int = 1
+    """Pad a micro-batch to a multiple of this many tokens."""
     attn_implementation: Literal["packed", "sdpa", "eager"] = "packed"
     """"packed": sequences of a micro-batch end to end, attention looped over them; the others pad."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    use_routing_replay: bool = False
+    """R2, for mixtures of experts (arXiv:2507.18071): training passes use the experts that the pass for the
+    old log-probs chose."""
+    use_rollout_routing_replay: bool = False
+    """R3 (arXiv:2510.11370): all passes of the trainer use the experts that the engine chose; implies
+    use_routing_replay."""
     log_probs_chunk_size: int = -1
     """Tokens whose logits are held at once; -1: all of a micro-batch."""
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -57,14 +96,22 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Learning rate of the actor."""
     min_lr: float = 0.0
     """Where decay ends."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Schedule after warm-up (Miles: constant under FSDP, linear under Megatron)."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "constant"
+    """Schedule after warm-up (Miles: constant under FSDP, linear under Megatron). "WSD": constant, then a
+    decay of lr_wsd_decay_iters at the end."""
     lr_warmup_iters: int = 0
     """Optimizer steps of linear warm-up."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of lr_decay_iters, instead of lr_warmup_iters. None: lr_warmup_iters."""
     lr_warmup_init: float = 0.0
     """Learning rate at the first warm-up step."""
     lr_decay_iters: int | None = None
     """Optimizer steps until `min_lr`. None: all of the run."""
+    lr_wsd_decay_iters: int | None = None
+    """Optimizer steps of the decay that ends lr_decay_style = "WSD"; required by it."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of that decay, with x from 0 to 1 through it: (2 x 0.5^x) - 1, 1 - x, (1 + cos(pi x)) / 2 or
+    1 - sqrt(x) of the way from min_lr to lr (Megatron)."""
     adam_beta1: float = 0.9
     """Beta1 of Adam."""
     adam_beta2: float = 0.95
@@ -75,6 +122,20 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     clip_grad: float = 1.0
     """Largest gradient norm; 0 is off."""
+    reset_optimizer_states: bool = False
+    """Forget the optimizer's moments at the start of every rollout step; the schedule goes on."""
+    keep_old_actor: bool = False
+    """Compute old log-probs with a copy of the weights that the generators last got, instead of those at the
+    start of the rollout step: the policy that sampled most of the batch."""
+    critic_load: str | None = None
+    """Model directory that the critic of ppo starts from; its value head starts at 0 where there is none.
+    None: `hf_checkpoint` (Miles: --load)."""
+    critic_lr: float | None = None
+    """Learning rate of the critic. None: `lr`."""
+    critic_lr_warmup_iters: int = 0
+    """Optimizer steps of linear warm-up of the critic."""
+    num_critic_only_steps: int = 0
+    """First rollout steps in which only the critic is trained."""
     on_nan: Literal["fail", "skip"] = "fail"
     """NaN or Inf in a loss or a gradient: stop with a named error, or skip that optimizer step and
     count it."""
@@ -84,49 +145,3 @@ class TrainerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Newest checkpoints that stay on disk; the last step's always does."""
     prefetch_batches: int = 1
     """Batches fetched and packed while another one trains."""
-
-
-class AlgorithmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[algorithm]: advantages, loss and off-policy corrections."""
-
-    advantage_estimator: Literal["grpo"] = "grpo"
-    """How rewards become advantages. "grpo": (reward - group mean) / (group std + 1e-6), for every token."""
-    grpo_std_normalization: bool = True
-    """Divide by the group's standard deviation (off: Dr.GRPO). Miles: --disable-grpo-std-normalization."""
-    rewards_normalization: bool = True
-    """Subtract the group's mean. Miles: --disable-rewards-normalization."""
-    loss_type: Literal["policy_loss"] = "policy_loss"
-    """The PPO clipped surrogate."""
-    eps_clip: float = 0.2
-    """PPO clip range below 1."""
-    eps_clip_high: float | None = None
-    """PPO clip range above 1. None: `eps_clip`."""
-    eps_clip_c: float | None = None
-    """Dual-clip bound c > 1 for negative advantages (arXiv:1912.09729). None: off."""
-    calculate_per_token_loss: bool = False
-    """Average over all tokens of the step, instead of over samples of each sample's mean."""
-    use_kl_loss: bool = False
-    """Add a KL term against the frozen reference to the loss."""
-    kl_loss_coef: float = 0.0
-    """Weight of the KL term."""
-    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k1"
-    """Estimator of the KL term."""
-    use_unbiased_kl: bool = False
-    """Weigh the KL term by the importance ratio, gradient included (DeepSeek-V3.2)."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    use_rollout_logprobs: bool = False
-    """Take the engine's log-probs as the old policy in the PPO ratio, instead of recomputing them with the
-    trainer's weights at the start of the rollout step. Exclusive with `use_tis`."""
-    use_tis: bool = False
-    """Token-level truncated importance sampling: weigh each token's loss by
-    clamp(exp(old - rollout log-prob), tis_clip_low, tis_clip), without gradient."""
-    tis_clip: float = 2.0
-    """Upper bound of the TIS weight."""
-    tis_clip_low: float = 0.0
-    """Lower bound of the TIS weight."""
-    use_opsm: bool = False
-    """Off-policy sequence masking: a sequence with negative advantage whose mean (rollout - current) log-prob
-    exceeds `opsm_delta` gives no policy gradient (DeepSeek-V3.2)."""
-    opsm_delta: float = 1e-4
-    """Threshold of OPSM (Miles' default; 0.05-0.2 is what others found reasonable under engine mismatch)."""

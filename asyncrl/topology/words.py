@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from asyncrl.topology import words_algorithm
 from asyncrl.topology.plan import Plan
 
 TAILS = (1, 2, 4, 8)
@@ -38,7 +39,12 @@ def tail_table(plan: Plan) -> list[tuple[int, float]]:
 
 def warnings(plan: Plan) -> list[str]:
     """What is allowed, and probably not meant."""
-    return [*_schedule_warnings(plan), *_worker_warnings(plan), *_training_warnings(plan)]
+    return [
+        *_schedule_warnings(plan),
+        *_worker_warnings(plan),
+        *words_algorithm.warnings(plan),
+        *_training_warnings(plan),
+    ]
 
 
 def plural(number: int, noun: str) -> str:
@@ -126,20 +132,7 @@ def _worker_warnings(plan: Plan) -> Iterator[str]:
 
 
 def _training_warnings(plan: Plan) -> Iterator[str]:
-    topology, algorithm = plan.topology, plan.topology.algorithm
-    if topology.rollout.n_samples_per_prompt == 1 and algorithm.rewards_normalization:
-        yield (
-            "rollout.n_samples_per_prompt: with one answer per prompt the group mean is the reward itself, "
-            "so every advantage is 0 and nothing is learned; 8 is usual"
-        )
-    if algorithm.use_kl_loss and not algorithm.kl_loss_coef:
-        yield "algorithm.use_kl_loss: kl_loss_coef is 0, so the KL term is computed and not used"
-    uncorrected = not (algorithm.use_tis or algorithm.use_rollout_logprobs or algorithm.use_opsm)
-    if topology.rollout.max_staleness and uncorrected:
-        yield (
-            "algorithm.use_tis: samples may be stale and no correction is on; use_tis = true (or "
-            "use_rollout_logprobs, use_opsm) corrects for it"
-        )
+    topology = plan.topology
     trainer = topology.trainer
     if plan.num_rollout and trainer.save_interval and trainer.save_interval > plan.num_rollout:
         yield "trainer.save_interval: longer than the run; the only checkpoint is the last one"

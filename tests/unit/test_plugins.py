@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from asyncrl.errors import PluginError
+from asyncrl.topology.algorithm import AlgorithmConfig
+from asyncrl.topology.hook_kinds import ALGORITHM_HOOKS, KINDS
 from asyncrl.topology.plugins import (
     BUILTIN_REWARDS,
     PLANNED_REWARDS,
@@ -92,6 +94,37 @@ async def _generate_eval(args: Any, sample: Any, sampling_params: Any, evaluatio
 def _generate_sync(args: Any, sample: Any, sampling_params: Any) -> Any: ...
 
 
+def _custom_loss(args: Any, batch: Any, logits: Any, sum_of_sample_mean: Any) -> Any: ...
+def _icepop(
+    args: Any, *, pg_loss: Any, train_log_probs: Any, rollout_log_probs: Any, loss_masks: Any, **kwargs: Any
+) -> Any: ...
+def _mis(
+    args: Any,
+    *,
+    pg_loss: Any,
+    train_log_probs: Any,
+    rollout_log_probs: Any,
+    loss_masks: Any,
+    total_lengths: Any,
+    response_lengths: Any,
+    **kwargs: Any,
+) -> Any: ...
+def _tis_without_rest(args: Any, *, pg_loss: Any, train_log_probs: Any) -> Any: ...
+def _tis_wants_more(args: Any, *, pg_loss: Any, teacher: Any, **kwargs: Any) -> Any: ...
+def _reducer(
+    total_lengths: Any, response_lengths: Any, loss_masks: Any, calculate_per_token_loss: bool = False
+) -> Any: ...
+def _advantage(args: Any, rollout_data: Any) -> None: ...
+def _post_process(args: Any, samples: Any, **kwargs: Any) -> Any: ...
+def _only_args(args: Any) -> None: ...
+def _args_samples(args: Any, samples: Any) -> None: ...
+def _args_id_data(args: Any, rollout_id: int, rollout_data: Any) -> None: ...
+def _log_prob(args: Any, model: Any, store_prefix: str) -> None: ...
+def _train_step(
+    args: Any, rollout_id: int, step_id: int, model: Any, optimizer: Any, opt_param_scheduler: Any
+) -> None: ...
+
+
 class _Source:
     def __init__(self, args: Any) -> None: ...
     def get_samples(self, num_samples: int) -> list[Any]: ...
@@ -115,6 +148,26 @@ class _HalfSource:
         (_generate, "generate", ("args", "sample", "sampling_params")),
         (_generate_eval, "generate", ("args", "sample", "sampling_params", "evaluation")),
         (_Source, "data_source", ("args",)),
+        (_custom_loss, "custom_loss", ("args", "batch", "logits", "sum_of_sample_mean")),
+        (_icepop, "custom_tis", ("args",)),
+        (_mis, "custom_tis", ("args",)),
+        (
+            _reducer,
+            "pg_loss_reducer",
+            ("total_lengths", "response_lengths", "loss_masks", "calculate_per_token_loss"),
+        ),
+        (_advantage, "advantage", ("args", "rollout_data")),
+        (_post_process, "reward_post_process", ("args", "samples")),
+        (_args_samples, "convert_samples", ("args", "samples")),
+        (_only_args, "rollout_data_postprocess", ("args",)),
+        (_args_samples, "rollout_data_postprocess", ("args", "samples")),
+        (_args_id_data, "rollout_data_postprocess", ("args", "rollout_id", "rollout_data")),
+        (_log_prob, "before_log_prob", ("args", "model", "store_prefix")),
+        (
+            _train_step,
+            "before_train_step",
+            ("args", "rollout_id", "step_id", "model", "optimizer", "opt_param_scheduler"),
+        ),
     ],
 )
 def test_every_documented_form_is_recognised(hook: object, kind: str, form: tuple[str, ...]) -> None:
@@ -130,6 +183,16 @@ def test_every_documented_form_is_recognised(hook: object, kind: str, form: tupl
         (_args_sample, "dynamic_sampling_filter", "def name(args, samples)", "async def _args_sample("),
         (3, "reward", "def name(sample)", "int 3"),
         (_Source, "reward", "def name(sample)", "class _Source("),
+        (
+            _tis_without_rest,
+            "custom_tis",
+            "def name(args, *, pg_loss, train_log_probs,",
+            "_tis_without_rest(",
+        ),
+        (_tis_wants_more, "custom_tis", "response_lengths, **kwargs)", "*, pg_loss: 'Any', teacher:"),
+        (_advantage, "custom_loss", "(args, batch, logits, sum_of_sample_mean)", "def _advantage("),
+        (_three, "pg_loss_reducer", "calculate_per_token_loss)", "def _three("),
+        (_train_step, "rollout_data_postprocess", "def name(args) or def name(args, samples) or", "step_id"),
         (_HalfSource, "data_source", "get_samples, add_samples", "has no add_samples, save, load"),
     ],
 )
@@ -141,6 +204,12 @@ def test_another_signature_is_refused_with_both_shown(
     assert "reward.use: expected" in str(caught.value)
     assert expected in str(caught.value)
     assert found in str(caught.value)
+
+
+def test_every_hook_of_the_algorithm_is_an_option_and_a_kind() -> None:
+    hooks = {name for name in AlgorithmConfig.__struct_fields__ if name.endswith("_path")}
+    assert set(ALGORITHM_HOOKS) == hooks
+    assert set(ALGORITHM_HOOKS.values()) <= set(KINDS)
 
 
 def test_names_of_rewards_are_checked_without_loading_anything() -> None:

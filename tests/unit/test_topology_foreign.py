@@ -87,6 +87,38 @@ MILES_DEFAULTS: dict[str, Any] = {
     "trainer.hf_checkpoint": None,
     "trainer.ref_load": None,
     "trainer.allow_partial_train_step": False,
+    "trainer.no_load_optim": False,
+    "trainer.lr_warmup_fraction": None,
+    "trainer.lr_wsd_decay_iters": None,
+    "trainer.critic_lr": None,
+    "trainer.critic_lr_warmup_iters": 0,
+    "trainer.num_critic_only_steps": 0,
+    "trainer.ref_update_interval": None,
+    "trainer.keep_old_actor": False,
+    "trainer.reset_optimizer_states": False,
+    "trainer.use_routing_replay": False,
+    "trainer.use_rollout_routing_replay": False,
+    "trainer.log_probs_max_tokens_per_gpu": None,
+    "trainer.balance_data": False,
+    "trainer.balance_by_flops": False,
+    "trainer.use_dynamic_global_batch_size": False,
+    "algorithm.normalize_advantages": False,
+    "algorithm.kl_coef": 0.0,
+    "algorithm.gamma": 1.0,
+    "algorithm.lambd": 1.0,
+    "algorithm.use_opd": False,
+    "algorithm.opd_kl_coef": 1.0,
+    "algorithm.opd_teacher_load": None,
+    "algorithm.value_clip": 0.2,
+    "algorithm.mask_offpolicy_in_partial_rollout": False,
+    "algorithm.get_mismatch_metrics": False,
+    "algorithm.custom_loss_function_path": None,
+    "algorithm.custom_tis_function_path": None,
+    "algorithm.custom_pg_loss_reducer_function_path": None,
+    "algorithm.custom_advantage_function_path": None,
+    "algorithm.custom_reward_post_process_path": None,
+    "algorithm.custom_convert_samples_to_train_data_path": None,
+    "algorithm.rollout_data_postprocess_path": None,
     "eval.eval_prompt_data": [],
     "rollout.rollout_stop": [],
     "rollout.rollout_stop_token_ids": [],
@@ -135,6 +167,45 @@ def test_a_flag_is_known_however_it_is_typed(flag: str) -> None:
     known = foreign.look_up(flag)
     assert known is not None
     assert known.ours == "rollout.rollout_batch_size"
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("--custom-megatron-before-train-step-hook-path", "algorithm.custom_before_train_step_hook_path"),
+        ("--custom-megatron-before-log-prob-hook-path", "algorithm.custom_before_log_prob_hook_path"),
+        ("--override-opt_param-scheduler", "trainer.override_opt_param_scheduler"),
+        ("--override-lr-scheduler", "trainer.override_opt_param_scheduler"),
+        ("--use-checkpoint-lr-scheduler", "trainer.use_checkpoint_opt_param_scheduler"),
+        ("tis_upper_bound", "algorithm.tis_clip"),
+        ("rs_veto_threshold", "algorithm.rs_veto_threshold"),
+        ("--kl-coef", "algorithm.kl_coef"),
+        ("--bf16", "trainer.dtype"),
+        ("--load", "trainer.load"),
+        ("--use-rollout-entropy", "algorithm.entropy_coef"),
+    ],
+)
+def test_what_is_supported_now_is_no_longer_refused(name: str, ours: str) -> None:
+    known = foreign.look_up(name)
+    assert known is not None
+    assert known.ours == ours
+
+
+def test_a_foreign_value_is_one_the_option_takes() -> None:
+    for path, values in foreign.VALUES.items():
+        table, _, key = path.partition(".")
+        allowed = set(catalogue.allowed_values(catalogue.tables()[table].options[key]))
+        assert set(values.values()) <= allowed
+        assert not set(values) & allowed
+    assert foreign.our_value("algorithm.opd_type", "sglang") == "engine"
+    assert foreign.our_value("algorithm.opd_type", "torch") is None
+
+
+def test_a_key_of_mis_yaml_is_told_from_a_flag() -> None:
+    option = catalogue.tables()["algorithm"].options
+    assert foreign.counterpart(option["tis_mode"]) == "tis_mode in mis.yaml"
+    assert foreign.counterpart(option["use_tis"]) == "--use-tis"
+    assert foreign.counterpart(option["stale_after"]) == ""
 
 
 def test_a_name_nobody_uses_is_unknown() -> None:

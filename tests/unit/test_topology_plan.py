@@ -149,6 +149,7 @@ def test_a_problem_is_told_whole(overrides: list[str], expected: str) -> None:
         (["over_sampling_batch_size=8", "on_straggler=drop"], "at least rollout_batch_size = 32"),
         (["use_tis=true", "use_rollout_logprobs=true"], "exclusive with use_rollout_logprobs"),
         (["kl_loss_coef=0.1"], "no effect without use_kl_loss"),
+        (["n_samples_per_prompt=1"], "every advantage is 0"),
         (["tis_clip_low=2"], "below tis_clip = 2"),
         (["eps_clip=0"], "algorithm.eps_clip: given 0.0"),
         (["eps_clip_c=1"], "algorithm.eps_clip_c: given 1.0; allowed: above 1"),
@@ -229,7 +230,6 @@ def test_the_price_of_the_bound_falls_with_the_bound() -> None:
     [
         (["max_staleness=1", "update_weights_interval=2"], "generation idles"),
         (["rollout_batch_size=1", "generator.concurrency=64"], "40 slots stay empty"),
-        (["n_samples_per_prompt=1"], "every advantage is 0"),
         (["use_tis=false"], "no correction is on"),
         (["max_tokens_per_gpu=100"], "less than the longest sample"),
     ],
