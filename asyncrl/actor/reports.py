@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from asyncrl.messages.control import Ack, Report, Reports
-from asyncrl.messages.sample import Segment, Status, merge_spans
+from asyncrl.messages.sample import Segment, Status, join_routing, merge_spans
 
 MAX_REPORTS = 256
 """Reports in one message."""
@@ -138,6 +138,7 @@ def _join(segments: list[Segment]) -> Segment:
     metadata: dict[str, object] = {}
     for segment in segments:
         metadata.update(segment.metadata)
+    routed_experts, routed_top_k = join_routing(segments)
     return Segment(
         tokens=b"".join(s.tokens for s in segments),
         logprobs=b"".join(s.logprobs for s in segments),
@@ -147,4 +148,6 @@ def _join(segments: list[Segment]) -> Segment:
         spans=merge_spans([span for s in segments for span in s.spans]),
         text="".join(s.text for s in segments),
         metadata=metadata,
+        routed_experts=routed_experts,
+        routed_top_k=routed_top_k,
     )

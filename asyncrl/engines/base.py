@@ -68,6 +68,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Requests with the same non-empty key have the same prompt: its prefill may be shared."""
     progress_every_tokens: int = 0
     """Yield a chunk at least every so many tokens; 0 yields once, at the end."""
+    return_routed_experts: bool = False
+    """Whether chunks carry the experts that tokens went to; the engine must capture them."""
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +86,11 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """Decoded tokens; a chunk that ends inside a character leaves it to the next."""
     finish_reason: str | None = None
     """None while the request runs; "stop", "length" or "abort" in its last chunk."""
+    routed_experts: bytes = b""
+    """int16 [rows, L, K] where the request asked for it: the K experts in each of L layers, of every token
+    whose forward pass sampled the next one. P + C - 1 rows with the first response tokens, then C rows."""
+    routed_top_k: int = 0
+    """K."""
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

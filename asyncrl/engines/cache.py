@@ -5,15 +5,17 @@ copies nothing. It grows by doubling up to its bound and never shrinks. Never de
 
 Letters: L layers, S slots, E positions, K key and value heads (keys first), D head dimension.
 """
-# ruff: noqa: N803, N806 -- tensors carry shape suffixes
+# ruff: noqa: N803, N806, N815 -- tensors carry shape suffixes
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from asyncrl.engines.model_config import ModelConfig
 
@@ -102,8 +104,16 @@ def _grown(now: int, needed: int, bound: int) -> int:
     return now if needed <= now else min(bound, max(needed, 2 * now))
 
 
+class SavedPrompt(NamedTuple):
+    """What filling a prompt gave."""
+
+    kv_LeKD: torch.Tensor
+    routed: NDArray[Any] | None
+    """int16 [e, layers, experts per token], where routing is captured."""
+
+
 class PrefixStore:
-    """Prompts' keys and values by prefix key, least recently used out first, bounded in tokens.
+    """Filled prompts by prefix key, least recently used out first, bounded in tokens.
 
     Everything in it was computed under the weights that sample now: a swap clears it.
     """
@@ -111,21 +121,21 @@ class PrefixStore:
     def __init__(self, *, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.num_tokens = 0
-        self._entries: OrderedDict[tuple[str, bytes], torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, bytes], SavedPrompt] = OrderedDict()
 
-    def get(self, key: tuple[str, bytes]) -> torch.Tensor | None:
-        """The saved prompt [L, e, K, D]. The key holds the prompt too: a wrong key costs time, not truth."""
+    def get(self, key: tuple[str, bytes]) -> SavedPrompt | None:
+        """The saved prompt. The key holds the prompt too: a wrong key costs time, not truth."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
 
-    def put(self, key: tuple[str, bytes], kv_LeKD: torch.Tensor) -> None:
+    def put(self, key: tuple[str, bytes], prompt: SavedPrompt) -> None:
         """Keep a prompt, dropping the oldest ones beyond the bound (which may be this one)."""
-        self._entries[key] = kv_LeKD
-        self.num_tokens += kv_LeKD.shape[1]
+        self._entries[key] = prompt
+        self.num_tokens += prompt.kv_LeKD.shape[1]
         while self.num_tokens > self.max_tokens:
-            self.num_tokens -= self._entries.popitem(last=False)[1].shape[1]
+            self.num_tokens -= self._entries.popitem(last=False)[1].kv_LeKD.shape[1]
 
     def clear(self) -> None:
         """Forget everything: the weights changed."""

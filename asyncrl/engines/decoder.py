@@ -1,10 +1,11 @@
-"""A decoder for checkpoints of the Llama, Qwen2 and Qwen3 families, written for small batches of tokens.
+"""A decoder for checkpoints of the Llama, Qwen2, Qwen3 and Qwen3-MoE families, for small batches of tokens.
 
 Owns the weights, fused where that saves a kernel (q, k and v; gate and up). Works on packed tokens: which
 row a token belongs to is known only to the KV cache's places and to the attention that the caller passes
 in. Never samples, never knows requests. No gradients: the trainer has its own model.
 
-Letters: N packed tokens, C hidden size, H query heads, K key and value heads, D head dimension, V vocabulary.
+Letters: N packed tokens, C hidden size, H query heads, K key and value heads, D head dimension, V vocabulary;
+of recorded experts, L mixture-of-experts layers and K experts per token.
 """
 # ruff: noqa: N803, N806 -- tensors carry shape suffixes
 
@@ -18,8 +19,10 @@ import torch
 from torch.nn import functional
 
 from asyncrl.engines.cache import KVCache
+from asyncrl.engines.mlp import Dense, Experts
 from asyncrl.engines.model_config import ModelConfig, inverse_frequencies, read_json
 from asyncrl.errors import DataError, WeightsError
+from asyncrl.weights.experts import split_experts
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries [N, H, D]) -> attention output [N, H * D]."""
@@ -40,9 +43,7 @@ class Layer:
     out: torch.Tensor
     out_bias: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    """[2 * intermediate, C]."""
-    down: torch.Tensor
+    mlp: Dense | Experts
 
 
 class Decoder:
@@ -54,14 +55,14 @@ class Decoder:
         self.embedding = self._empty(config.vocab_size, config.hidden_size)
         self.head = self.embedding if config.tied else self._empty(config.vocab_size, config.hidden_size)
         self.final_norm = self._empty(config.hidden_size)
-        self.layers = [self._layer() for _ in range(config.num_layers)]
+        self.layers = [self._layer(index) for index in range(config.num_layers)]
         self._destinations = self._by_name()
         self._rope = rope_table(config, num_positions=max_positions, device=device, dtype=dtype)
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return self._like.new_zeros(shape)
 
-    def _layer(self) -> Layer:
+    def _layer(self, index: int) -> Layer:
         c = self.config
         q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         return Layer(
@@ -72,8 +73,24 @@ class Decoder:
             out=self._empty(c.hidden_size, q_rows),
             out_bias=self._empty(c.hidden_size) if c.out_bias else None,
             mlp_norm=self._empty(c.hidden_size),
+            mlp=self._experts() if index in c.moe_layers else self._dense(),
+        )
+
+    def _dense(self) -> Dense:
+        c = self.config
+        return Dense(
             gate_up=self._empty(2 * c.intermediate_size, c.hidden_size),
             down=self._empty(c.hidden_size, c.intermediate_size),
+        )
+
+    def _experts(self) -> Experts:
+        c = self.config
+        return Experts(
+            router=self._empty(c.num_experts, c.hidden_size),
+            gate_up=self._empty(c.num_experts, 2 * c.expert_size, c.hidden_size),
+            down=self._empty(c.num_experts, c.hidden_size, c.expert_size),
+            top_k=c.experts_per_token,
+            normalize=c.normalize_experts,
         )
 
     def _by_name(self) -> dict[str, torch.Tensor]:
@@ -94,12 +111,10 @@ class Decoder:
             "input_layernorm.weight": layer.attention_norm,
             "post_attention_layernorm.weight": layer.mlp_norm,
             "self_attn.o_proj.weight": layer.out,
-            "mlp.down_proj.weight": layer.down,
+            **layer.mlp.names(),
         }
         for name, view in zip(projections, layer.qkv.split(rows), strict=True):
             named[f"self_attn.{name}.weight"] = view
-        for name, view in zip(("gate_proj", "up_proj"), layer.gate_up.chunk(2), strict=True):
-            named[f"mlp.{name}.weight"] = view
         if layer.qkv_bias is not None:
             for name, view in zip(projections, layer.qkv_bias.split(rows), strict=True):
                 named[f"self_attn.{name}.bias"] = view
@@ -111,7 +126,11 @@ class Decoder:
         return named
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raise WeightsError naming the first tensor that is missing, unknown, misshapen or not a float."""
+        """Raise WeightsError naming the first tensor that is missing, unknown, misshapen or not a float.
+
+        Experts may come one by one, as checkpoints have them, or fused, as transformers 5 holds them.
+        """
+        tensors = split_experts(tensors)
         for name in self._destinations:
             if name not in tensors:
                 raise WeightsError(
@@ -134,6 +153,7 @@ class Decoder:
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy every parameter in, after checking all of them. Raises WeightsError and changes nothing."""
         self.check(tensors)
+        tensors = split_experts(tensors)
         for name, view in self._destinations.items():
             view.copy_(tensors[name])
 
@@ -145,15 +165,25 @@ class Decoder:
         cache: KVCache,
         places_N: torch.Tensor,
         attend: Attend,
+        routed_NLK: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [N, C] before the last norm; stores the tokens' keys and values at `places_N`."""
+        """Hidden states [N, C] before the last norm; stores the tokens' keys and values at `places_N`.
+
+        The experts that the tokens went to are written to `routed_NLK`, where it is given.
+        """
+        routed = (
+            None
+            if routed_NLK is None
+            else dict(zip(self.config.moe_layers, routed_NLK.unbind(1), strict=True))
+        )
         x_NC = functional.embedding(tokens_N, self.embedding)
         cos_sin = self._rope[positions_N]
         cos_ND, sin_ND = cos_sin[:, 0:1], cos_sin[:, 1:2]
         for index, layer in enumerate(self.layers):
             q_NHD, kv_NKD = self._qkv(layer, x_NC, cos_ND, sin_ND)
             cache.write(index, places=places_N, kv_NKD=kv_NKD)
-            x_NC = self._finish(layer, x_NC, attend(index, q_NHD))
+            routed_NK = None if routed is None else routed.get(index)
+            x_NC = self._finish(layer, x_NC, attend(index, q_NHD), routed_NK)
         return x_NC
 
     def _qkv(
@@ -173,16 +203,23 @@ class Decoder:
         qk.copy_(torch.addcmul(normed * cos, torch.roll(normed, c.head_dim // 2, -1), sin))
         return qkv[:, : c.num_heads], qkv[:, c.num_heads :]
 
-    def _finish(self, layer: Layer, x_NC: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        """Output projection and MLP, with both residual additions inside the matrix products."""
+    def new_routing(self, num_tokens: int) -> torch.Tensor:
+        """Room for the experts of so many tokens, int16 [N, L, K]."""
+        shape = (num_tokens, *self.config.routing_shape)
+        return torch.empty(shape, dtype=torch.int16, device=self._like.device)
+
+    def _finish(
+        self, layer: Layer, x_NC: torch.Tensor, attention: torch.Tensor, routed_NK: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output projection and MLP, with the residual additions inside the matrix products."""
         c = self.config
         x_NC = torch.addmm(x_NC, attention, layer.out.t())
         if layer.out_bias is not None:
             x_NC += layer.out_bias
         h_NC = functional.rms_norm(x_NC, (c.hidden_size,), layer.mlp_norm, c.norm_eps)
-        gate_up = functional.linear(h_NC, layer.gate_up)
-        gated = functional.silu(gate_up[:, : c.intermediate_size]).mul_(gate_up[:, c.intermediate_size :])
-        return torch.addmm(x_NC, gated, layer.down.t())
+        if isinstance(layer.mlp, Experts):
+            return layer.mlp.add(x_NC, h_NC, routed_NK=routed_NK)
+        return layer.mlp.add(x_NC, h_NC)
 
     def logits(self, x_NC: torch.Tensor) -> torch.Tensor:
         """float32 logits [N, V] of hidden states."""

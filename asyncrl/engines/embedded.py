@@ -56,7 +56,7 @@ _Stream = asyncio.Queue[Chunk | BaseException]
 
 
 class Embedded:
-    """An `Engine` for Hugging Face checkpoints of the Llama, Qwen2 and Qwen3 families."""
+    """An `Engine` for Hugging Face checkpoints of the Llama, Qwen2, Qwen3 and Qwen3-MoE families."""
 
     def __init__(
         self,
@@ -69,12 +69,14 @@ class Embedded:
         device: str = "cpu",
         dtype: str = "float32",
         version: tuple[int, int] = (0, 1),
+        capture_routing: bool = False,
     ) -> None:
         """Nothing is read before `start`.
 
         max_concurrency: rows of the batch. max_context_len: bound of prompt plus response, in tokens; a
         response that reaches it ends with "length". num_threads: torch's threads on the compute thread.
         version: (version, incarnation) that the model directory's weights are stamped with.
+        capture_routing: keep the experts of every token, for requests that ask for them.
         """
         if max_concurrency < 1 or max_context_len < 2 or num_threads < 1:
             raise ConfigError(
@@ -88,6 +90,7 @@ class Embedded:
         self._decode, self._num_threads = tokenizer_decode, num_threads
         self._device, self._dtype = device, dtype
         self._version = version
+        self._capture_routing = capture_routing
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._tickets = itertools.count()
         self._streams: dict[int, _Stream] = {}
@@ -111,7 +114,12 @@ class Embedded:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`. The request is queued by the first `anext`. Raises ValueError, RunError."""
         self._check_open()
-        check_request(request, max_context_len=self.max_context_len, running=self._running)
+        check_request(
+            request,
+            max_context_len=self.max_context_len,
+            running=self._running,
+            captures_routing=self._capture_routing,
+        )
         self._check_ids(request)
         ticket = next(self._tickets)
         stream = self._streams[ticket] = asyncio.Queue()
@@ -250,6 +258,10 @@ class Embedded:
                 f"embedded engine: max_context_len = {self.max_context_len}, but {self.model_dir} has "
                 f"max_position_embeddings = {config.max_position}. Lower max_context_len."
             )
+        if self._capture_routing and not config.moe_layers:
+            raise ConfigError(
+                f"trainer.use_rollout_routing_replay: {self.model_dir} has no experts; turn the option off."
+            )
         decoder = Decoder(
             config,
             device=self._device,
@@ -269,6 +281,7 @@ class Embedded:
             decode=self._decode,
             version=self._version,
             device=self._device,
+            capture_routing=self._capture_routing,
         )
 
     def _take_commands(self, scheduler: Scheduler) -> bool:

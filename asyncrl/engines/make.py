@@ -30,7 +30,13 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 def make_engine(plan: Plan, index: int, *, decode: Decode) -> Engine:
     """An engine that is not started yet. Raises ConfigError, DataError."""
     table = plan.topology.generator[index]
+    capture_routing = plan.topology.trainer.use_rollout_routing_replay
     if table.engine == "scripted":
+        if capture_routing:
+            raise ConfigError(
+                f'generator "{table.name}".engine: "scripted" has no experts, so '
+                "trainer.use_rollout_routing_replay has to be off"
+            )
         return _scripted(table.scripted, concurrency=table.concurrency)
     if table.engine == "embedded":
         from asyncrl.engines.embedded import Embedded
@@ -41,6 +47,7 @@ def make_engine(plan: Plan, index: int, *, decode: Decode) -> Engine:
             max_context_len=context_len(plan),
             tokenizer_decode=decode,
             num_threads=table.num_threads,
+            capture_routing=capture_routing,
         )
     raise ConfigError(f'generator "{table.name}".engine: "{table.engine}" is not built in')
 

@@ -14,7 +14,12 @@ from typing import Any
 
 from asyncrl.errors import ConfigError, DataError
 
-SUPPORTED = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SUPPORTED = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -42,6 +47,19 @@ class ModelConfig:
     qk_norm: bool
     eos_ids: tuple[int, ...]
     """Token ids that end a response."""
+    moe_layers: tuple[int, ...] = ()
+    """Layers whose MLP is a mixture of experts; none in a dense model."""
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    """Intermediate size of one expert."""
+    normalize_experts: bool = False
+    """Whether the weights of a token's experts sum to 1."""
+
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """Mixture-of-experts layers, and experts per token."""
+        return len(self.moe_layers), self.experts_per_token
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,9 +130,24 @@ def _config(raw: dict[str, Any], *, eos_ids: tuple[int, ...]) -> ModelConfig:
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=kind == "qwen2" or bias,
         out_bias=kind != "qwen2" and bias,
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
         eos_ids=eos_ids,
+        **(_experts(raw) if kind == "qwen3_moe" else {}),
     )
+
+
+def _experts(raw: dict[str, Any]) -> dict[str, Any]:
+    """The mixture of experts; transformers 5 writes `num_local_experts`, published files `num_experts`."""
+    dense, step = set(raw.get("mlp_only_layers") or []), int(raw.get("decoder_sparse_step", 1))
+    num_experts = int(raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"])
+    layers = range(int(raw["num_hidden_layers"])) if num_experts else ()
+    return {
+        "moe_layers": tuple(i for i in layers if i not in dense and (i + 1) % step == 0),
+        "num_experts": num_experts,
+        "experts_per_token": int(raw["num_experts_per_tok"]),
+        "expert_size": int(raw["moe_intermediate_size"]),
+        "normalize_experts": bool(raw.get("norm_topk_prob", False)),
+    }
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:

@@ -71,13 +71,18 @@ def decode_attention(cache: KVCache, *, num_kv_heads: int, lengths_n: torch.Tens
     return attend
 
 
-def fill(decoder: Decoder, cache: KVCache, pieces: Sequence[Piece]) -> int:
-    """Compute and store keys and values of the pieces. Returns the tokens computed."""
+def fill(
+    decoder: Decoder, cache: KVCache, pieces: Sequence[Piece], *, routed_SELK: NDArray[np.int16] | None = None
+) -> int:
+    """Compute and store keys and values of the pieces. Returns the tokens computed.
+
+    The experts that their tokens went to are written to `routed_SELK`, by slot and position, if it is given.
+    """
     total = sum(len(piece.tokens) for piece in pieces)
     while pieces:
         now = [Piece(p.slot, p.start, p.tokens[:MAX_PIECE_TOKENS]) for p in pieces]
         for batch in _batches(now):
-            _fill_batch(decoder, cache, batch)
+            _fill_batch(decoder, cache, batch, routed_SELK)
         pieces = [
             Piece(p.slot, p.start + MAX_PIECE_TOKENS, p.tokens[MAX_PIECE_TOKENS:])
             for p in pieces
@@ -99,7 +104,9 @@ def _batches(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _fill_batch(decoder: Decoder, cache: KVCache, pieces: list[Piece]) -> None:
+def _fill_batch(
+    decoder: Decoder, cache: KVCache, pieces: list[Piece], routed_SELK: NDArray[np.int16] | None
+) -> None:
     device = cache.data_LSEKD.device
     lengths = np.array([len(p.tokens) for p in pieces])
     starts = np.array([p.start for p in pieces])
@@ -111,6 +118,7 @@ def _fill_batch(decoder: Decoder, cache: KVCache, pieces: list[Piece]) -> None:
     def tensor(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
+    routed_NLK = None if routed_SELK is None else decoder.new_routing(len(row_N))
     decoder.hidden(
         tensor(np.concatenate([p.tokens for p in pieces]).astype(np.int64)),
         positions_N=tensor(positions_N),
@@ -124,7 +132,10 @@ def _fill_batch(decoder: Decoder, cache: KVCache, pieces: list[Piece]) -> None:
             steps_N=tensor(step_N),
             shape=(int(lengths.max()), max(p.end for p in pieces)),
         ),
+        routed_NLK=routed_NLK,
     )
+    if routed_SELK is not None and routed_NLK is not None:
+        routed_SELK[slots[row_N], positions_N] = routed_NLK.cpu().numpy()
 
 
 def _fill_attention(

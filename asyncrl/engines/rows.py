@@ -4,7 +4,7 @@ Owns everything that a decode step reads or writes per row, so that a step is a 
 many rows run. Rows 0 .. n-1 are in use; a row that leaves is replaced by the last one, here and in the KV
 cache. Never touches the model.
 
-Letters: S slots, E positions of a context.
+Letters: S slots, E positions of a context; L mixture-of-experts layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from asyncrl.engines.noise import seed_word
 from asyncrl.engines.sampling import BatchParams
 from asyncrl.engines.spans import Mark, spans_between
 from asyncrl.engines.text import Decode, Detokenizer
-from asyncrl.messages.sample import pack_logprobs, pack_tokens, tokens_of
+from asyncrl.messages.sample import pack_logprobs, pack_routing, pack_tokens, tokens_of
 
 # A number no context reaches: "never" for the length at which something is due.
 NEVER = 2**62
@@ -64,12 +64,24 @@ def make_work(ticket: int, request: GenerateRequest, *, decode: Decode) -> Work:
 class Rows:
     """The arrays. A row's sequence is prompt + response; `length` counts what is known of it."""
 
-    def __init__(self, *, max_rows: int, max_context_len: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_context_len: int,
+        vocab_size: int,
+        routing_shape: tuple[int, int] | None = None,
+    ) -> None:
+        """`routing_shape` is (L, K) where routing is captured."""
         self.vocab_size = vocab_size
         self.works: list[Work] = []
         # The operating system gives pages when they are written, so the bound costs nothing by itself.
         self.tokens_SE = np.zeros((max_rows, max_context_len + 1), dtype=np.int32)
         self.logprobs_SE = np.zeros((max_rows, max_context_len + 1), dtype=np.float32)
+        #: Where the token at a position went, known once it was put through the model.
+        self.routed_SELK: NDArray[np.int16] | None = None
+        if routing_shape is not None:
+            self.routed_SELK = np.zeros((*self.tokens_SE.shape, *routing_shape), dtype=np.int16)
         self.integers = np.zeros((6, max_rows), dtype=np.int64)
         #: Known tokens; the last one has no keys and values yet.
         self.length, self.prompt_length, self.limit, self.min_length, self.due, self.top_k = self.integers
@@ -114,6 +126,8 @@ class Rows:
             used = self.length[last]
             self.tokens_SE[slot, :used] = self.tokens_SE[last, :used]
             self.logprobs_SE[slot, :used] = self.logprobs_SE[last, :used]
+            if self.routed_SELK is not None:
+                self.routed_SELK[slot, :used] = self.routed_SELK[last, :used]
             for array in (self.integers, self.flags, self.floats):
                 array[:, slot] = array[:, last]
             self.seeds[slot] = self.seeds[last]
@@ -155,6 +169,15 @@ class Rows:
         for slot, work in enumerate(self.works):
             work.marks.append(Mark(version, incarnation, int(self.length[slot])))
 
+    def unsent_routing(self, slot: int) -> NDArray[np.int16] | None:
+        """A view [e, L, K]: where the tokens went whose routing was not handed out yet."""
+        if self.routed_SELK is None:
+            return None
+        sent = self.works[slot].sent
+        # With the first response tokens goes the whole prompt; from then on one row for each token.
+        first = 0 if sent == self.prompt_length[slot] else sent - 1
+        return self.routed_SELK[slot, first : int(self.length[slot]) - 1]
+
     def found_stop(self, slot: int) -> bool:
         """Whether the newest token ends the row by its own stop token ids or stop strings."""
         work, end = self.works[slot], int(self.length[slot])
@@ -169,6 +192,8 @@ class Rows:
     def chunk(self, slot: int, finish_reason: str | None) -> Chunk:
         """What was sampled since the row's last chunk."""
         work, end = self.works[slot], int(self.length[slot])
+        asked = work.request.return_routed_experts and end > work.sent
+        routed = self.unsent_routing(slot) if asked else None
         start, work.sent = work.sent, end
         self.due[slot] = end + (work.request.progress_every_tokens or NEVER)
         tokens = self.tokens_SE[slot, start:end]
@@ -184,6 +209,8 @@ class Rows:
             spans=spans_between(work.marks, start, end),
             text=text,
             finish_reason=finish_reason,
+            routed_experts=b"" if routed is None else pack_routing(routed),
+            routed_top_k=0 if routed is None else routed.shape[-1],
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from asyncrl.engines.base import Chunk, GenerateRequest, LoadReport, OnNewWeights
-from asyncrl.engines.cache import KVCache, PrefixStore
+from asyncrl.engines.cache import KVCache, PrefixStore, SavedPrompt
 from asyncrl.engines.decoder import Decoder
 from asyncrl.engines.noise import uniforms
 from asyncrl.engines.prefill import Piece, decode_attention, fill
@@ -73,13 +73,18 @@ class Scheduler:
     decode: Decode
     version: tuple[int, int]
     device: str = "cpu"
+    capture_routing: bool = False
+    """Keep the experts that every token went to (the decoder must have some)."""
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         config = self.decoder.config
         self.waiting: deque[Work] = deque()
         self.rows = Rows(
-            max_rows=self.max_concurrency, max_context_len=self.max_context_len, vocab_size=config.vocab_size
+            max_rows=self.max_concurrency,
+            max_context_len=self.max_context_len,
+            vocab_size=config.vocab_size,
+            routing_shape=config.routing_shape if self.capture_routing else None,
         )
         self.cache = KVCache(
             config,
@@ -159,9 +164,20 @@ class Scheduler:
         self.rows.stamp(*self.version)
         recomputed = 0
         if swap.mode is OnNewWeights.RECOMPUTE:
-            recomputed = self._fill_rows(list(range(len(self.rows))))
+            recomputed = self._recompute()
         since = self._last_token_time if swap.was_running else swap.since
         self._taken.append((swap, since, aborted, recomputed))
+
+    def _recompute(self) -> int:
+        """Fill every row's cache anew; tokens that were sampled keep the routing they were sampled with."""
+        slots = list(range(len(self.rows)))
+        kept = [view.copy() if (view := self.rows.unsent_routing(s)) is not None else None for s in slots]
+        recomputed = self._fill_rows(slots)
+        for slot, old in zip(slots, kept, strict=True):
+            new = self.rows.unsent_routing(slot)
+            if new is not None and old is not None:
+                new[:] = old
+        return recomputed
 
     def _report_swaps(self) -> None:
         """Say how swaps went: after the first token under the new weights, where anything runs."""
@@ -198,8 +214,11 @@ class Scheduler:
             if known > start:
                 rest.append(Piece(slot, start, rows.tokens_SE[slot, start:known]))
         self._fill_prompts(shared)
-        self.counters.prefilled_tokens += fill(self.decoder, self.cache, rest)
+        self.counters.prefilled_tokens += self._fill(rest)
         return int((rows.length[slots] - 1).sum())
+
+    def _fill(self, pieces: list[Piece]) -> int:
+        return fill(self.decoder, self.cache, pieces, routed_SELK=self.rows.routed_SELK)
 
     def _fill_prompts(self, shared: dict[tuple[str, bytes], list[int]]) -> None:
         """Each distinct prompt once, in its first mate's slot; then copied to the others."""
@@ -209,17 +228,23 @@ class Scheduler:
             if saved[key] is None:
                 known = int(self.rows.prompt_length[slots[0]]) - 1
                 pieces.append(Piece(slots[0], 0, self.rows.tokens_SE[slots[0], :known]))
-        self.counters.prefilled_tokens += fill(self.decoder, self.cache, pieces)
+        self.counters.prefilled_tokens += self._fill(pieces)
         for key, slots in shared.items():
             prompt, copies = saved[key], slots
             if prompt is None:
-                prompt, copies = (
-                    self.cache.save(slots[0], int(self.rows.prompt_length[slots[0]]) - 1),
-                    slots[1:],
-                )
+                prompt, copies = self._save(slots[0]), slots[1:]
                 self.prefixes.put(key, prompt)
             if copies:
-                self.cache.restore(copies, prompt)
+                self.cache.restore(copies, prompt.kv_LeKD)
+            if self.rows.routed_SELK is not None and prompt.routed is not None:
+                self.rows.routed_SELK[copies, : len(prompt.routed)] = prompt.routed
+
+    def _save(self, slot: int) -> SavedPrompt:
+        num_known, routed = int(self.rows.prompt_length[slot]) - 1, self.rows.routed_SELK
+        return SavedPrompt(
+            kv_LeKD=self.cache.save(slot, num_known),
+            routed=None if routed is None else routed[slot, :num_known].copy(),
+        )
 
     def _decode_step(self) -> None:
         rows, n = self.rows, len(self.rows)
@@ -234,13 +259,17 @@ class Scheduler:
             lengths_n=self._tensor(length),
             longest=longest,
         )
+        routed_nLK = None if rows.routed_SELK is None else self.decoder.new_routing(n)
         x_nC = self.decoder.hidden(
             self._tensor(rows.tokens_SE[slots, positions].astype(np.int64)),
             positions_N=self._tensor(positions),
             cache=self.cache,
             places_N=self._tensor(slots * self.cache.num_positions + positions),
             attend=attend,
+            routed_NLK=routed_nLK,
         )
+        if rows.routed_SELK is not None and routed_nLK is not None:
+            rows.routed_SELK[slots, positions] = routed_nLK.cpu().numpy()
         tokens, logprobs = sample(
             self.decoder.logits(x_nC),
             uniforms_N=self._tensor(uniforms(rows.seeds[:n], responded)),

@@ -67,6 +67,7 @@ def request_for(plan: Plan, sample: Sample, *, uid: str) -> GenerateRequest:
         seed=seed_of(plan, sample),
         prefix_key=f"{sample.lane}:{sample.group_id}",
         progress_every_tokens=plan.topology.rollout.progress_every_tokens,
+        return_routed_experts=plan.topology.trainer.use_rollout_routing_replay and sample.lane is Lane.TRAIN,
     )
 
 
@@ -89,7 +90,14 @@ async def generate(engine: Engine, request: GenerateRequest) -> AsyncIterator[Pi
 
 
 def _segment(chunk: Chunk) -> Segment:
-    return Segment(tokens=chunk.tokens, logprobs=chunk.logprobs, spans=chunk.spans, text=chunk.text)
+    return Segment(
+        tokens=chunk.tokens,
+        logprobs=chunk.logprobs,
+        spans=chunk.spans,
+        text=chunk.text,
+        routed_experts=chunk.routed_experts,
+        routed_top_k=chunk.routed_top_k,
+    )
 
 
 class EngineHandle:

@@ -7,7 +7,13 @@ from collections.abc import Container
 from asyncrl.engines.base import GenerateRequest
 
 
-def check_request(request: GenerateRequest, *, max_context_len: int | None, running: Container[str]) -> None:
+def check_request(
+    request: GenerateRequest,
+    *,
+    max_context_len: int | None,
+    running: Container[str],
+    captures_routing: bool = False,
+) -> None:
     """Raise ValueError naming the request and what is wrong with it."""
     params, num_prompt = request.params, len(request.prompt) // 4
     # The texts are written only when there is something to say: this runs for every request.
@@ -18,9 +24,12 @@ def check_request(request: GenerateRequest, *, max_context_len: int | None, runn
     rest = (
         whole and request.progress_every_tokens >= 0 and "" not in params.stop and request.uid not in running
     )
-    if num_prompt and fits and lengths_fit and samples and rest:
+    uncaptured = request.return_routed_experts and not captures_routing
+    if num_prompt and fits and lengths_fit and samples and rest and not uncaptured:
         return
     found = [text for text, wrong in _problems(request, max_context_len, running).items() if wrong]
+    if uncaptured:
+        found.append("return_routed_experts is set, but the engine was not made to capture routing")
     raise ValueError(f"request {request.uid!r}: {'; '.join(found)}.")
 
 

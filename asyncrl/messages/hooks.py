@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import ConfigError, DataError, ProtocolError
+from asyncrl.messages.routing import routing_of, rows_of_hook
 from asyncrl.messages.sample import (
     Prompt,
     Sample,
@@ -70,6 +71,9 @@ class HookSample:
     """One entry per finished call of the engine, "VERSION" or "VERSION.INCARNATION"."""
     rollout_log_probs: list[float] | None = None
     """R values; 0.0 where the loss mask is 0."""
+    rollout_routed_experts: Any = None
+    """int32 [P + R - 1, layers, experts per token], an array or lists; None where nobody recorded it (rewards
+    never get it)."""
     remove_sample: bool = False
     """Out of the loss, still part of its group's statistics."""
     status: Status = Status.PENDING
@@ -163,6 +167,7 @@ def hook_sample(sample: Sample, *, group_size: int = 0) -> HookSample:
     reward: Any = None
     if score is not None:
         reward = score.reward if score.detail is None else copy.deepcopy(score.detail)
+    routing = routing_of(sample)
     return HookSample(
         group_index=sample.group_id,
         index=sample.group_id * group_size + sample.index,
@@ -175,6 +180,7 @@ def hook_sample(sample: Sample, *, group_size: int = 0) -> HookSample:
         loss_mask=mask_of(sample.loss_mask).tolist(),
         weight_versions=[f"{span.version}.{span.incarnation}" for span in sample.spans],
         rollout_log_probs=logprobs_of(sample.logprobs).tolist(),
+        rollout_routed_experts=None if routing is None else routing.astype("int32"),
         remove_sample=sample.metadata.get(REMOVE_SAMPLE, False)
         or (score is not None and score.remove_sample),
         status=sample.status,
@@ -232,6 +238,12 @@ def segment_of(hook: HookSample, base: Sample, *, incarnation: int) -> Segment:
         raise ProtocolError(
             f"{where}: response no longer starts with the text generated before; append to it"
         )
+    routed_experts, routed_top_k = rows_of_hook(
+        hook.rollout_routed_experts,
+        first=num_prompt + start - 1 if start else 0,
+        last=num_prompt + hook.response_length - 1 if hook.response_length > start else 0,
+        where=where,
+    )
     return Segment(
         tokens=given[4 * (num_prompt + start) :],
         logprobs=pack_logprobs(log_probs[start:]),
@@ -239,6 +251,8 @@ def segment_of(hook: HookSample, base: Sample, *, incarnation: int) -> Segment:
         spans=_new_spans(hook, base, incarnation=incarnation, where=where),
         text=hook.response[len(base.text) :],
         metadata=_generated_metadata(hook, base),
+        routed_experts=routed_experts,
+        routed_top_k=routed_top_k,
     )
 
 

@@ -3,8 +3,8 @@
 A sample is never rewritten: its *parts* are appended. The source writes one `Prompt` per group; generators
 append `Segment`s to each sample (one per progress report, the last one when it is done); a reward worker
 adds a `Score`. The buffer keeps the encoded parts as opaque bytes; only the two ends decode them. Token
-arrays are packed little-endian bytes (int32 tokens, float32 log-probs, uint8 mask): encoding 8k tokens as
-lists costs hundreds of microseconds, as bytes under two.
+arrays are packed little-endian bytes (int32 tokens, float32 log-probs, uint8 mask, int16 experts): encoding
+8k tokens as lists costs hundreds of microseconds, as bytes under two.
 """
 
 from __future__ import annotations
@@ -98,6 +98,12 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The decoded tokens. A segment that ends inside a character leaves it to the next one."""
     metadata: dict[str, Any] = {}
     """What a custom generate function wants the reward to see; merged over the prompt's metadata."""
+    routed_experts: bytes = b""
+    """int16 [rows, L, K]: the K experts that each of the L mixture-of-experts layers sent a token to, one row
+    for every token whose forward pass sampled the next one: P + R - 1 rows in a first segment, R in a later
+    one. Empty where nobody recorded it."""
+    routed_top_k: int = 0
+    """K; L follows from it and from the number of rows."""
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +122,8 @@ class Score(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Out of the loss, but still part of its group's statistics (slime's `remove_sample`)."""
     metadata: dict[str, Any] = {}
     """Metadata the reward added."""
+    teacher_logprobs: bytes = b""
+    """float32 [R], a teacher's log-probs of the response, for on-policy distillation; empty without one."""
 
 
 class Sample(msgspec.Struct, kw_only=True):
@@ -139,6 +147,10 @@ class Sample(msgspec.Struct, kw_only=True):
     """The prompt's metadata with what generation and reward added."""
     score: Score | None = None
     lane: Lane = Lane.TRAIN
+    routed_experts: bytes = b""
+    """int16 [P + R - 1, L, K], the segments' joined; empty where one of them has none."""
+    routed_top_k: int = 0
+    """K."""
 
     @property
     def num_tokens(self) -> int:
@@ -164,6 +176,11 @@ def pack_logprobs(values: Any) -> bytes:
 def pack_mask(values: Any) -> bytes:
     """uint8 bytes of a sequence of 0 and 1."""
     return np.ascontiguousarray(values, dtype="u1").tobytes()
+
+
+def pack_routing(values: Any) -> bytes:
+    """int16 little-endian bytes of expert indices [rows, L, K]."""
+    return np.ascontiguousarray(values, dtype="<i2").tobytes()
 
 
 def tokens_of(data: bytes) -> Tokens:
@@ -193,6 +210,15 @@ def merge_spans(spans: list[Span]) -> list[Span]:
     return merged
 
 
+def join_routing(segments: list[Segment]) -> tuple[bytes, int]:
+    """(`routed_experts`, `routed_top_k`) of consecutive segments; nothing where one of them has none."""
+    filled = [segment for segment in segments if segment.num_tokens]
+    widths = {segment.routed_top_k for segment in filled}
+    if len(widths) != 1 or not all(segment.routed_experts for segment in filled):
+        return b"", 0
+    return b"".join(segment.routed_experts for segment in filled), widths.pop()
+
+
 def assemble(
     *,
     group_id: int,
@@ -209,6 +235,7 @@ def assemble(
         metadata.update(segment.metadata)
     if score is not None:
         metadata.update(score.metadata)
+    routed_experts, routed_top_k = join_routing(segments)
     return Sample(
         group_id=group_id,
         index=index,
@@ -222,4 +249,6 @@ def assemble(
         metadata=metadata,
         score=score,
         lane=lane,
+        routed_experts=routed_experts,
+        routed_top_k=routed_top_k,
     )

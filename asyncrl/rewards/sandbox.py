@@ -20,6 +20,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from asyncrl.errors import RewardError
 from asyncrl.messages.sample import Sample, Score
 from asyncrl.rewards.base import DEFAULT_TIMEOUT_S, FailureKind, RewardFailure, RewardSpec, Verdict, name_of
@@ -100,7 +102,7 @@ class Sandbox:
         Waits for free children. Raises RewardError when a child cannot be started again.
         """
         size = max(1, min(MAX_JOBS_PER_MESSAGE, math.ceil(len(samples) / self._concurrency)))
-        jobs = [Job(kind="sample", samples=[sample]) for sample in samples]
+        jobs = [Job(kind="sample", samples=_bare([sample])) for sample in samples]
         parts = [jobs[i : i + size] for i in range(0, len(jobs), size)]
         replies = [reply for part in await self._gather(parts) for reply in part]
         return [result for reply in replies for result in reply.results()]
@@ -110,12 +112,12 @@ class Sandbox:
 
         A built-in reward judges the samples one by one. Raises RewardError as `score` does.
         """
-        (reply,) = await self._run([Job(kind="group", samples=list(samples))])
+        (reply,) = await self._run([Job(kind="group", samples=_bare(samples))])
         return reply.results()
 
     async def verdict(self, samples: Sequence[Sample]) -> Verdict | RewardFailure:
         """What the specification's filters say about a scored group. Raises RewardError as `score` does."""
-        (reply,) = await self._run([Job(kind="verdict", samples=list(samples))])
+        (reply,) = await self._run([Job(kind="verdict", samples=_bare(samples))])
         return (
             reply.verdict if reply.verdict is not None else next(f for f in reply.failures if f is not None)
         )
@@ -209,3 +211,13 @@ class Sandbox:
             kind=loss.kind, message=f'reward "{self._spec.use}": {who}: {what}', traceback=loss.output
         )
         return Reply.of([failure] * len(job.samples))
+
+
+def _bare(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples without their routing, which is larger than all the rest and no reward reads."""
+    return [
+        msgspec.structs.replace(sample, routed_experts=b"", routed_top_k=0)
+        if sample.routed_experts
+        else sample
+        for sample in samples
+    ]

@@ -88,7 +88,7 @@ class GeneratorRole(DeskActor):
         if path is not None:
             option = "rollout.custom_generate_function_path"
             self._custom, _ = load_checked(path, kind="generate", option=option)
-            options = flat_options(self.plan, generator=self.context.index)
+            options = flat_options(self.plan.topology, generator=self.context.index)
             self._args = Args(options, custom_config_path=topology.run.custom_config_path)
         await self.engine.start()
 

@@ -175,6 +175,6 @@ def reward_spec(plan: Plan, index: int) -> RewardSpec:
         dynamic_sampling_filter_path=rollout.dynamic_sampling_filter_path,
         buffer_filter_path=rollout.buffer_filter_path,
         rollout_sample_filter_path=rollout.rollout_sample_filter_path,
-        options=flat_options(plan, reward=index),
+        options=flat_options(plan.topology, reward=index),
         search_paths=["."],
     )

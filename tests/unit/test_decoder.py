@@ -44,6 +44,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "llama": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 4},
     "llama3": {"model_type": "llama", "attention_bias": True, "rope_parameters": LLAMA3},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
 }
 
 
