@@ -19,8 +19,11 @@ import msgspec
 
 from asyncrl.errors import ConfigError
 from asyncrl.messages.sample import Sample
+from asyncrl.topology.algorithm import AlgorithmConfig
+from asyncrl.topology.batch import solve
+from asyncrl.topology.flat import flat_options
 from asyncrl.topology.schema import Topology
-from asyncrl.topology.training import AlgorithmConfig, TrainerConfig
+from asyncrl.topology.training import TrainerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +41,14 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     num_rollout: int | None = None
     """Rollout steps of the run, for decay over all of it. None: unknown."""
     seed: int = 1234
+    num_samples: int | None = None
+    """Samples of a full rollout batch; None: whatever comes."""
+    n_samples_per_prompt: int = 0
+    """Samples per group, for the run-wide index that hooks see."""
+    update_weights_interval: int = 1
+    """Rollout steps between pushes, for keep_old_actor."""
+    options: dict[str, Any] = {}
+    """Every option of the run by its bare name: what hooks find on `args`."""
 
     @property
     def lr_decay_iters(self) -> int | None:
@@ -58,7 +69,8 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     """Response tokens that the loss saw (loss mask 1, sample not removed)."""
     phase_s: dict[str, float]
-    """Seconds by phase: prepare, log_probs, ref_log_probs, train (forward and backward), optimizer."""
+    """Seconds by phase: prepare, log_probs, ref_log_probs, teacher_log_probs, values, train_critic and train
+    (forward and backward), optimizer."""
 
 
 class Prepared(Protocol):
@@ -108,23 +120,19 @@ def train_plan(topology: Topology) -> TrainPlan:
 
     rollout_batch_size x n_samples_per_prompt = global_batch_size x num_steps_per_rollout. Raises ConfigError.
     """
-    rollout, trainer = topology.rollout, topology.trainer
-    num_samples = rollout.rollout_batch_size * rollout.n_samples_per_prompt
-    steps, size = trainer.num_steps_per_rollout, trainer.global_batch_size
-    if steps is None:
-        steps = 1 if size is None else num_samples // max(size, 1)
-    if steps < 1 or num_samples % steps or (size is not None and size * steps != num_samples):
-        raise ConfigError(
-            f"trainer.global_batch_size: rollout_batch_size {rollout.rollout_batch_size} x "
-            f"n_samples_per_prompt {rollout.n_samples_per_prompt} = {num_samples} samples do not divide into "
-            f"global_batch_size {size} x num_steps_per_rollout {trainer.num_steps_per_rollout}; "
-            f"leave one of the four out"
-        )
+    knobs = solve(topology)
+    if isinstance(knobs, str):
+        raise ConfigError(knobs)
+    rollout = topology.rollout
     return TrainPlan(
-        trainer=trainer,
+        trainer=topology.trainer,
         algorithm=topology.algorithm,
-        num_steps_per_rollout=steps,
+        num_steps_per_rollout=knobs.num_steps_per_rollout,
         rollout_temperature=rollout.rollout_temperature,
         num_rollout=topology.run.num_rollout,
         seed=topology.run.seed,
+        num_samples=rollout.rollout_batch_size * rollout.n_samples_per_prompt,
+        n_samples_per_prompt=rollout.n_samples_per_prompt,
+        update_weights_interval=rollout.update_weights_interval,
+        options=flat_options(topology),
     )

@@ -3,7 +3,8 @@
     step-000200/                 200 rollout steps are in these weights
         config.json, *.safetensors, tokenizer files      loadable by transformers as it stands
         trainer/state.json       step counters, Python and numpy random state, options, reference
-        trainer/optimizer.safetensors, trainer/random.safetensors
+        trainer/*.safetensors    optimizer, random; critic and its optimizer, reference, old actors where
+                                 the run has them and they change
         files.json               every other file with its size and xxh3-128, written last
 
 Owns the layout and its durability. Never unpickles anything. Invariants: a directory named step-* was
@@ -33,7 +34,7 @@ from asyncrl.train.objective import needs_reference
 
 FILES = "files.json"
 TRAINER = "trainer"
-FORMAT = 1
+FORMAT = 2
 """Number of the layout; another one is refused."""
 PREFIX = "step-"
 READ_BYTES = 1 << 22
@@ -51,15 +52,27 @@ class RandomState(NamedTuple):
     numpy: dict[str, Any]
 
 
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """Where training stands."""
+
+    rollout_step: int
+    """Rollout steps in the weights."""
+    step: int
+    """Optimizer steps of those."""
+    updates: int
+    """Optimizer steps of the actor, its learning rate's place in the schedule."""
+    critic_updates: int = 0
+
+
 class Stored(NamedTuple):
     """What `read` finds beside the weights."""
 
-    rollout_step: int
-    step: int
+    counters: Counters
     plan: dict[str, Any]
     """The TrainPlan it was made under, as builtins."""
     reference: dict[str, str] | None
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
+    """By file: "optimizer" always."""
     random: RandomState
 
 
@@ -72,21 +85,21 @@ def save(
     directory: Path,
     *,
     model: Any,
-    optimizer: dict[str, Tensor],
+    tensors: dict[str, dict[str, Tensor]],
     plan: TrainPlan,
-    rollout_step: int,
-    step: int,
+    counters: Counters,
 ) -> Path:
-    """Write `directory`/step-NNNNNN; one of the same name is replaced. Raises StorageError."""
-    final = directory / name_of(rollout_step)
+    """Write `directory`/step-NNNNNN; one of the same name is replaced. Raises StorageError.
+
+    `tensors` by file name below trainer/, without its suffix.
+    """
+    final = directory / name_of(counters.rollout_step)
     temporary = directory / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / TRAINER).mkdir(parents=True)
         export_hf(model, temporary, hf_checkpoint=Path(plan.trainer.hf_checkpoint))
-        _write_state(
-            temporary / TRAINER, optimizer=optimizer, plan=plan, rollout_step=rollout_step, step=step
-        )
+        _write_state(temporary / TRAINER, tensors=tensors, plan=plan, counters=counters)
         _seal(temporary)
         _replace(temporary, final)
     except OSError as error:
@@ -112,17 +125,17 @@ def read(directory: Path) -> Stored:
     state = msgspec.json.decode((directory / TRAINER / "state.json").read_bytes())
     if state["format"] != FORMAT:
         raise ConfigError(f"checkpoint {directory}: format {state['format']}; this version reads {FORMAT}")
+    tensors = {path.stem: load_file(path) for path in sorted((directory / TRAINER).glob("*.safetensors"))}
     return Stored(
-        rollout_step=state["rollout_step"],
-        step=state["step"],
+        counters=msgspec.convert(state["counters"], Counters),
         plan=state["plan"],
         reference=state["reference"],
-        optimizer=load_file(directory / TRAINER / "optimizer.safetensors"),
         random=RandomState(
-            torch=load_file(directory / TRAINER / "random.safetensors"),
+            torch=tensors.pop("random"),
             python=state["random"]["python"],
             numpy=state["random"]["numpy"],
         ),
+        tensors=tensors,
     )
 
 
@@ -203,18 +216,16 @@ def set_random_state(state: RandomState) -> None:
 
 
 def _write_state(
-    directory: Path, *, optimizer: dict[str, Tensor], plan: TrainPlan, rollout_step: int, step: int
+    directory: Path, *, tensors: dict[str, dict[str, Tensor]], plan: TrainPlan, counters: Counters
 ) -> None:
     state = random_state()
-    save_file(
-        {name: tensor.contiguous() for name, tensor in optimizer.items()}, directory / "optimizer.safetensors"
-    )
-    save_file(state.torch, directory / "random.safetensors")
+    for file, named in {**tensors, "random": state.torch}.items():
+        contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
+        save_file(contiguous, directory / f"{file}.safetensors")
     content = {
         "format": FORMAT,
-        "rollout_step": rollout_step,
-        "step": step,
-        "plan": msgspec.to_builtins(plan),
+        "counters": counters,
+        "plan": msgspec.to_builtins(msgspec.structs.replace(plan, options={})),
         "reference": _reference(plan),
         "random": {"python": state.python, "numpy": state.numpy},
         "torch": str(torch.__version__),

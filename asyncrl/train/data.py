@@ -1,196 +1,191 @@
-"""From groups of samples to micro-batches: the part of training that needs neither weights nor a device.
+"""From groups of samples to a batch ready to train: the part that needs neither weights nor a device.
 
-Owns advantages, optimizer-step boundaries and packing. Pure: the same groups and plan give the same
-micro-batches, in any process and on any thread.
+Owns normalised rewards, optimizer-step boundaries and packing. Pure but for the user's hooks: the same groups
+and plan give the same micro-batches, in any process and on any thread.
 
-Shape letters: T tokens of a micro-batch (prompts and responses, sample after sample), R its response tokens,
-S its samples.
+Shape letters: S samples of the batch.
 
-Invariant: the weights of a step's micro-batches are relative to the whole optimizer step, so losses and
-gradients are sums over micro-batches, whatever the packing.
+Invariant: which samples an optimizer step trains depends on their recorded order alone, never on packing or
+on the number of ranks.
 """
 
-# ruff: noqa: N806, N815 -- tensors carry shape suffixes
+# ruff: noqa: N806 -- tensors carry shape suffixes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from asyncrl.algo.advantage import grpo_advantages
-from asyncrl.algo.batch import pack_by_count, pack_by_tokens, split_steps
-from asyncrl.algo.segment import per_sample_weights, per_token_weights
+from asyncrl.algo.batch import schedule, split_steps
+from asyncrl.algo.partition import flops
 from asyncrl.errors import DataError
+from asyncrl.messages.hooks import HookSample
 from asyncrl.messages.sample import Sample
 from asyncrl.topology.training import TrainerConfig
-from asyncrl.train.attention import Segments, plan_segments
+from asyncrl.train.advantages import normalized_rewards
 from asyncrl.train.backend import TrainPlan
+from asyncrl.train.hooks import TrainHooks
+from asyncrl.train.micro import Layout, MicroBatch
+from asyncrl.train.model import ModelShape
+from asyncrl.train.ranks import Ranks
 from asyncrl.train.rows import Row, data_metrics, decode
+from asyncrl.train.tokens import TokenData, token_data
 
 DEFAULT_MAX_TOKENS = 8192
 """Tokens per micro-batch where max_tokens_per_gpu is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Samples that go through the model together."""
+class Step:
+    """One optimizer step."""
 
-    names: list[str]
-    """group.index of each sample."""
-    lengths: list[int]
-    """Tokens of each sample, prompt and response."""
-    segments: Segments
-    input_T: Tensor
-    """int64 token ids."""
-    position_T: Tensor
-    """int64, from 0 in each sample."""
-    predict_R: Tensor
-    """int64, the position in T whose logits predict each response token."""
-    target_R: Tensor
-    """int64 response token ids."""
-    sample_R: Tensor
-    """int64, which sample of the micro-batch."""
-    version_R: Tensor
-    """int64, which version sampled the token."""
-    mask_R: Tensor
-    """float, 1 where the token is in the loss."""
-    weight_R: Tensor
-    """float, the token's share in a mean over the optimizer step."""
-    rollout_R: Tensor
-    """float, the engine's log-prob."""
-    advantage_R: Tensor
-    """float."""
-    advantage_S: Tensor
-    """float."""
-    num_step_samples: int
-    """Samples of the whole optimizer step."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the micro-batch."""
-        return len(self.names)
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device."""
-        if device.type == "cpu":
-            return self
-        moved: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor | Segments)
-        }
-        return replace(self, **moved)
+    samples: range
+    """Positions in the batch."""
+    micros: list[MicroBatch]
+    """This rank's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBatch:
     """A rollout batch ready to train."""
 
-    steps: list[list[MicroBatch]]
-    """Micro-batches by optimizer step."""
+    steps: list[Step]
+    forwards: list[MicroBatch]
+    """This rank's micro-batches for passes without a gradient, under log_probs_max_tokens_per_gpu."""
+    data: TokenData
     rows: list[Row]
     """The samples in recorded order."""
+    samples: list[list[HookSample]]
+    """What hooks see of the groups; empty where no hook looks."""
     metrics: dict[str, float]
     """What is known of the data before any forward (rollout/...)."""
-    num_samples: int
     num_tokens: int
     """Response tokens in the loss."""
+    layout: Layout
     prepare_s: float = 0.0
 
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return len(self.rows)
 
-def prepare_batch(groups: Sequence[Sequence[Sample]], *, plan: TrainPlan) -> PreparedBatch:
-    """Advantages over each group, optimizer steps in recorded order, micro-batches within each.
 
-    Raises DataError for an empty batch or a malformed sample.
+def prepare_batch(
+    groups: Sequence[Sequence[Sample]],
+    *,
+    plan: TrainPlan,
+    hooks: TrainHooks | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 -- an immutable value
+    shape: ModelShape | None = None,
+) -> PreparedBatch:
+    """Rewards over each group, optimizer steps in recorded order, micro-batches within each.
+
+    Raises DataError for an empty batch or a malformed sample, PluginError for a hook's malformed answer.
     """
-    rows = [decode(sample) for group in groups for sample in group]
+    rows = [decode(sample, group_size=plan.n_samples_per_prompt) for group in groups for sample in group]
     if not rows:
         raise DataError("training batch: no samples in it; at least one is needed")
-    rewards_S = torch.tensor([row.reward for row in rows], dtype=torch.float64)
-    advantages_S = grpo_advantages(
-        rewards_S,
-        group_S=torch.tensor([row.group_id for row in rows]),
-        rewards_normalization=plan.algorithm.rewards_normalization,
-        grpo_std_normalization=plan.algorithm.grpo_std_normalization,
-    )
+    samples = hooks.samples(groups) if hooks is not None and hooks.want_samples else []
+    rows, rewards = _rewards(rows, [sample for group in samples for sample in group], plan, hooks)
+    _check_count(len(rows), plan, converted=hooks is not None and hooks.convert_samples is not None)
+    layout = Layout(rows, pad_multiple=plan.trainer.data_pad_size_multiplier)
+    lengths = [row.num_tokens for row in rows]
     steps = [
-        _optimizer_step([rows[i] for i in step], advantages_S[step.start : step.stop].tolist(), plan)
-        for step in split_steps(len(rows), num_steps=plan.num_steps_per_rollout)
+        Step(samples=samples_of, micros=[layout.micro_batch(members) for members in ranked[ranks.rank]])
+        for samples_of, ranked in zip(
+            split_steps(len(rows), num_steps=plan.num_steps_per_rollout),
+            pack(
+                lengths, trainer=plan.trainer, num_steps=plan.num_steps_per_rollout, ranks=ranks, shape=shape
+            ),
+            strict=True,
+        )
     ]
     return PreparedBatch(
         steps=steps,
+        forwards=_forwards(steps, lengths, layout, plan, ranks),
+        data=token_data(rows, reward_S=torch.tensor(rewards, dtype=torch.float64)),
         rows=rows,
-        metrics=data_metrics(rows, advantages_S.tolist()),
-        num_samples=len(rows),
+        samples=samples,
+        metrics=data_metrics(rows, rewards),
         num_tokens=sum(int(row.mask.sum()) for row in rows),
+        layout=layout,
     )
 
 
-def pack(lengths: Sequence[int], *, trainer: TrainerConfig) -> list[list[int]]:
-    """Indices of the samples of each micro-batch, by the trainer's options."""
-    if trainer.use_dynamic_batch_size:
-        return pack_by_tokens(lengths, max_tokens=trainer.max_tokens_per_gpu or DEFAULT_MAX_TOKENS)
-    return pack_by_count(len(lengths), micro_batch_size=trainer.micro_batch_size)
+def _rewards(
+    rows: list[Row], samples: list[HookSample], plan: TrainPlan, hooks: TrainHooks | None
+) -> tuple[list[Row], list[float]]:
+    """The rows to train and the normalised reward of each, by hook or by option."""
+    if hooks is not None:
+        processed = hooks.post_processed(samples)
+        if processed is not None:
+            raw, rewards = processed
+            rows = [row.with_reward(reward) for row, reward in zip(rows, raw, strict=True)]
+            for sample, reward in zip(samples, rewards, strict=True):
+                sample.reward = reward
+        converted = hooks.converted(samples, rows)
+        if converted is not None:
+            return converted
+        if processed is not None:
+            return rows, rewards
+    normalized_S = normalized_rewards(
+        torch.tensor([row.reward for row in rows], dtype=torch.float64),
+        group_S=torch.tensor([row.group_id for row in rows]),
+        rollout_S=None,
+        algorithm=plan.algorithm,
+    )
+    return rows, normalized_S.tolist()
 
 
-def _optimizer_step(rows: list[Row], advantages: list[float], plan: TrainPlan) -> list[MicroBatch]:
-    num_tokens = sum(int(row.mask.sum()) for row in rows) if plan.algorithm.calculate_per_token_loss else None
-    return [
-        _micro_batch(
-            [rows[i] for i in members],
-            [advantages[i] for i in members],
-            num_step_samples=len(rows),
-            num_step_tokens=num_tokens,
+def _check_count(count: int, plan: TrainPlan, *, converted: bool) -> None:
+    """A hook that makes more or fewer samples changes every optimizer step; that has to be wanted."""
+    if not converted or plan.num_samples is None or plan.trainer.use_dynamic_global_batch_size:
+        return
+    if count != plan.num_samples:
+        raise DataError(
+            f"algorithm.custom_convert_samples_to_train_data_path: made {count} samples; expected "
+            f"{plan.num_samples} = global_batch_size x num_steps_per_rollout, or set "
+            "trainer.use_dynamic_global_batch_size = true to split whatever comes into as many steps"
         )
-        for members in pack([row.num_tokens for row in rows], trainer=plan.trainer)
-    ]
 
 
-def _micro_batch(
-    rows: list[Row], advantages: list[float], *, num_step_samples: int, num_step_tokens: int | None
-) -> MicroBatch:
-    lengths = [row.num_tokens for row in rows]
-    starts = np.cumsum([0, *lengths[:-1]])
-    responses = torch.tensor([len(row.response) for row in rows])
-    sample_R = torch.repeat_interleave(torch.arange(len(rows)), responses)
-    mask_R = _tensor([row.mask for row in rows], torch.float32)
-    if num_step_tokens is None:
-        unmasked_S = torch.tensor([int(row.mask.sum()) for row in rows])
-        weight_R = per_sample_weights(
-            mask_R, sample_R=sample_R, num_tokens_S=unmasked_S, num_samples=num_step_samples
+def pack(
+    lengths: Sequence[int],
+    *,
+    trainer: TrainerConfig,
+    num_steps: int = 1,
+    ranks: Ranks = Ranks(),  # noqa: B008 -- an immutable value
+    shape: ModelShape | None = None,
+    max_tokens: int | None = None,
+) -> list[list[list[list[int]]]]:
+    """[step][rank][micro-batch] -> positions of samples, by the trainer's options."""
+    by_tokens = max_tokens is not None or trainer.use_dynamic_batch_size
+    sizes = None
+    if trainer.balance_by_flops and shape is not None:
+        sizes = flops(
+            lengths,
+            num_parameters=shape.num_parameters,
+            num_layers=shape.num_layers,
+            attention_size=shape.attention_size,
         )
-    else:
-        weight_R = per_token_weights(mask_R, num_tokens=num_step_tokens)
-    advantage_S = torch.tensor(advantages, dtype=torch.float32)
-    return MicroBatch(
-        names=[row.name for row in rows],
-        lengths=lengths,
-        segments=plan_segments(lengths),
-        input_T=_tensor([part for row in rows for part in (row.prompt, row.response)], torch.int64),
-        position_T=_tensor([np.arange(length) for length in lengths], torch.int64),
-        # Logits at a position predict the next token, so a response is read one position early.
-        predict_R=_tensor(
-            [
-                start + len(row.prompt) - 1 + np.arange(len(row.response))
-                for start, row in zip(starts, rows, strict=True)
-            ],
-            torch.int64,
-        ),
-        target_R=_tensor([row.response for row in rows], torch.int64),
-        sample_R=sample_R,
-        version_R=_tensor([row.versions for row in rows], torch.int64),
-        mask_R=mask_R,
-        weight_R=weight_R,
-        rollout_R=_tensor([row.logprobs for row in rows], torch.float32),
-        advantage_R=advantage_S[sample_R],
-        advantage_S=advantage_S,
-        num_step_samples=num_step_samples,
+    return schedule(
+        lengths,
+        num_steps=num_steps,
+        num_ranks=ranks.size,
+        max_tokens=(max_tokens or trainer.max_tokens_per_gpu or DEFAULT_MAX_TOKENS) if by_tokens else None,
+        micro_batch_size=None if by_tokens else trainer.micro_batch_size,
+        sizes=sizes,
+        balance=trainer.balance_data,
     )
 
 
-def _tensor(parts: list[np.ndarray[Any, Any]], dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(dtype)
+def _forwards(
+    steps: list[Step], lengths: list[int], layout: Layout, plan: TrainPlan, ranks: Ranks
+) -> list[MicroBatch]:
+    """Training's micro-batches, or larger ones where passes without a gradient may be larger."""
+    limit = plan.trainer.log_probs_max_tokens_per_gpu
+    if limit is None:
+        return [micro for step in steps for micro in step.micros]
+    packed = pack(lengths, trainer=plan.trainer, ranks=ranks, max_tokens=limit)
+    return [layout.micro_batch(members) for members in packed[0][ranks.rank]]

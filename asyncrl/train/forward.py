@@ -14,13 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
+from asyncrl.algo.chunked import chunked_statistics
 from asyncrl.algo.loss import TokenStatistics, token_statistics
 from asyncrl.errors import ConfigError
 from asyncrl.train.attention import NAME, plan_segments
-from asyncrl.train.data import MicroBatch
+from asyncrl.train.micro import MicroBatch
 
 CHECK_LENGTHS = (5, 3, 9)
 """Tokens of the sequences that `check_model` compares."""
@@ -33,6 +33,16 @@ def hidden_states(model: Any, batch: MicroBatch, *, packed: bool) -> Tensor:
     if packed:
         return _hidden_packed(model, batch.input_T, batch.position_T, batch.segments)
     return _hidden_padded(model, batch.input_T, batch.position_T, batch.lengths)
+
+
+def response_hidden_states(model: Any, batch: MicroBatch, *, packed: bool) -> Tensor:
+    """Hidden states that predict each response token [R, D]: what a value head reads, too."""
+    return hidden_states(model, batch, packed=packed).index_select(0, batch.predict_R)
+
+
+def row_logits(model: Any, batch: MicroBatch, *, packed: bool) -> Tensor:
+    """Logits of every token of the row, float32 [T, V], for a loss function of the user's."""
+    return model.get_output_embeddings()(hidden_states(model, batch, packed=packed)).float()
 
 
 def _hidden_packed(model: Any, input_T: Tensor, position_T: Tensor, segments: Any) -> Tensor:
@@ -67,24 +77,24 @@ def response_statistics(
 
     With `chunk_size` > 0 the logits of so many tokens are held at once, and computed again for the gradient.
     """
-    hidden_RD = hidden_states(model, batch, packed=packed).index_select(0, batch.predict_R)
+    hidden_RD = response_hidden_states(model, batch, packed=packed)
     head = model.get_output_embeddings()
-
-    def statistics(part_RD: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    if chunk_size <= 0 or type(head) is not nn.Linear:
         return token_statistics(
-            head(part_RD), targets_R=target_R, temperature=temperature, entropy_gradient=entropy_gradient
+            head(hidden_RD),
+            targets_R=batch.target_R,
+            temperature=temperature,
+            entropy_gradient=entropy_gradient,
         )
-
-    if chunk_size <= 0 or len(hidden_RD) <= chunk_size:
-        return TokenStatistics(*statistics(hidden_RD, batch.target_R))
-    chunks = [
-        checkpoint(statistics, part_RD, target_R, use_reentrant=False)
-        for part_RD, target_R in zip(
-            hidden_RD.split(chunk_size), batch.target_R.split(chunk_size), strict=True
-        )
-    ]
-    logprobs, entropies = zip(*chunks, strict=True)
-    return TokenStatistics(torch.cat(logprobs), torch.cat(entropies))
+    return chunked_statistics(
+        hidden_RD,
+        weight_VD=head.weight,
+        bias_V=head.bias,
+        targets_R=batch.target_R,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        entropy_gradient=entropy_gradient,
+    )
 
 
 @torch.no_grad()

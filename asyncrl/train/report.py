@@ -9,6 +9,9 @@ PHASES = {
     "prepare": "perf/data_preprocess_time",
     "log_probs": "perf/log_probs_time",
     "ref_log_probs": "perf/ref_log_probs_time",
+    "teacher_log_probs": "perf/teacher_log_probs_time",
+    "values": "perf/values_time",
+    "train_critic": "perf/critic_train_time",
 }
 """Phases of a report that have a metric of their own; the rest is actor_train_time."""
 

@@ -5,14 +5,16 @@ Owns the checks a sample must pass to be trained, and the rollout/... and stalen
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from asyncrl.errors import DataError
+from asyncrl.messages.routing import routing_of
 from asyncrl.messages.sample import Sample, Status, logprobs_of, mask_of, tokens_of
 
 
@@ -32,14 +34,32 @@ class Row:
     reward: float
     group_id: int
     truncated: bool
+    sample_index: int = 0
+    """Its ordinal in the run where the group's size is known, else its position in the group."""
+    teacher_logprobs: np.ndarray[Any, Any] | None = None
+    """float32, the teacher's log-prob of each response token, where a reward worker asked it."""
+    routed_experts: np.ndarray[Any, Any] | None = None
+    """int16 [P + R - 1, L, K], the engine's experts; None where nobody recorded them."""
 
     @property
     def num_tokens(self) -> int:
         """Prompt and response."""
         return len(self.prompt) + len(self.response)
 
+    def defect(self) -> str | None:
+        """The sample's name with what is NaN or infinite in what was recorded; None when all is finite."""
+        if not math.isfinite(self.reward):
+            return f"{self.name} (reward {self.reward})"
+        if not np.isfinite(self.logprobs[self.mask > 0]).all():
+            return f"{self.name} (log-probs of the engine)"
+        return None
 
-def decode(sample: Sample) -> Row:
+    def with_reward(self, reward: float) -> Row:
+        """The same sample with another raw reward."""
+        return replace(self, reward=reward)
+
+
+def decode(sample: Sample, *, group_size: int = 0) -> Row:
     """The sample's arrays, checked. Raises DataError naming the sample."""
     name = f"{sample.group_id}.{sample.index}"
     response, logprobs = tokens_of(sample.tokens), logprobs_of(sample.logprobs)
@@ -67,29 +87,42 @@ def decode(sample: Sample) -> Row:
         reward=sample.score.reward,
         group_id=sample.group_id,
         truncated=sample.status is Status.TRUNCATED,
+        sample_index=sample.group_id * group_size + sample.index,
+        teacher_logprobs=_teacher(sample, name=name),
+        routed_experts=routing_of(sample),
     )
 
 
-def data_metrics(rows: list[Row], advantages: list[float]) -> dict[str, float]:
-    """The rollout/... metrics of slime and Miles that need no forward pass."""
+def _teacher(sample: Sample, *, name: str) -> np.ndarray[Any, Any] | None:
+    assert sample.score is not None, "only scored samples get here"
+    if not sample.score.teacher_logprobs:
+        return None
+    teacher = logprobs_of(sample.score.teacher_logprobs)
+    if len(teacher) != sample.num_tokens:
+        raise DataError(
+            f"sample {name}: {len(teacher)} teacher log-probs for {sample.num_tokens} response tokens; the "
+            "reward must give one per token"
+        )
+    return teacher
+
+
+def data_metrics(rows: list[Row], rewards: list[float]) -> dict[str, float]:
+    """The rollout/... metrics of slime and Miles that need no forward pass; `rewards` after normalisation."""
     lengths = [len(row.response) for row in rows]
-    rewards: dict[int, list[float]] = {}
+    groups: dict[int, list[float]] = {}
     for row in rows:
-        rewards.setdefault(row.group_id, []).append(row.reward)
-    equal = [values[0] for values in rewards.values() if min(values) == max(values)]
-    trained = [(int(row.mask.sum()), advantage) for row, advantage in zip(rows, advantages, strict=True)]
-    num_tokens = max(sum(count for count, _ in trained), 1)
+        groups.setdefault(row.group_id, []).append(row.reward)
+    equal = [values[0] for values in groups.values() if min(values) == max(values)]
     versions = [row.versions for row in rows if len(row.versions)]
     return {
         "rollout/raw_reward": statistics.fmean(row.reward for row in rows),
-        "rollout/rewards": statistics.fmean(advantages),
-        "rollout/advantages": sum(count * advantage for count, advantage in trained) / num_tokens,
+        "rollout/rewards": statistics.fmean(rewards),
         "rollout/response_len/mean": statistics.fmean(lengths),
         "rollout/response_len/median": float(statistics.median(lengths)),
         "rollout/response_len/max": float(max(lengths)),
         "rollout/response_len/min": float(min(lengths)),
         "rollout/truncated_ratio": statistics.fmean(row.truncated for row in rows),
-        "rollout/zero_std/ratio": len(equal) / len(rewards),
+        "rollout/zero_std/ratio": len(equal) / len(groups),
         **{f"rollout/zero_std/count_{value:g}": float(equal.count(value)) for value in sorted(set(equal))},
         "rollout/num_samples": float(len(rows)),
         "rollout/num_tokens": float(sum(lengths)),

@@ -1,41 +1,43 @@
-"""The torch backend: any transformers causal LM in one process, on the CPU or one device.
+"""The torch backend: any transformers causal LM, on the CPU or one device per process.
 
-Owns the model, the frozen reference, the optimizer and the numbers of steps taken. Groups come in through
-`prepare`, weights go out as live tensors. Checkpoint files are `checkpoint`'s, formulas are `algo`'s.
+Owns the models, their optimizers and how they come and go: loading, checkpoints, the order of a rollout step
+is `step`'s, checkpoint files are `checkpoint`'s, formulas are `algo`'s. Groups come in through `prepare`,
+weights go out as live tensors. Where torch.distributed is initialised, each process trains its share of every
+optimizer step.
 
-Invariants: weights change only inside `train` and `restore`; a NumericsError leaves the weights of the last
-finished optimizer step; with trainer.deterministic the same calls give the same bits in a fresh process.
+Invariants: weights change only inside `train` and `restore`; with trainer.deterministic the same calls give
+the same bits in a fresh process.
 """
 
-# ruff: noqa: N803, N806 -- tensors carry shape suffixes
 from __future__ import annotations
 
 import os
-import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from asyncrl.algo.loss import TokenStatistics
-from asyncrl.errors import NumericsError
+from asyncrl.messages.hooks import Args
 from asyncrl.messages.sample import Sample
 from asyncrl.train import checkpoint
 from asyncrl.train.backend import StepReport, TrainPlan
-from asyncrl.train.data import MicroBatch, PreparedBatch, prepare_batch
-from asyncrl.train.forward import response_statistics
-from asyncrl.train.model import has_dropout, load_model, unique_weights
-from asyncrl.train.objective import needs_reference, policy_objective
-from asyncrl.train.optimizer import NamedOptimizer, learning_rate
+from asyncrl.train.critic import Critic
+from asyncrl.train.data import PreparedBatch, prepare_batch
+from asyncrl.train.hooks import TrainHooks
+from asyncrl.train.learner import Learner
+from asyncrl.train.model import ModelShape, load_model, model_shape, unique_weights
+from asyncrl.train.passes import Passes
+from asyncrl.train.phases import Phases
+from asyncrl.train.policies import Policies
+from asyncrl.train.ranks import Ranks
+from asyncrl.train.routing import routing_rows
 from asyncrl.train.rows import staleness_metrics
-
-ROLLOUT_METRICS = ("log_probs", "rollout_log_probs", "ref_log_probs")
-"""Metrics of the forward passes that slime and Miles report about the data, not about training."""
+from asyncrl.train.schedule import scheduled
+from asyncrl.train.step import RolloutStep
 
 
 class TorchBackend:
@@ -45,53 +47,92 @@ class TorchBackend:
         self.plan = plan
         self.step = 0
         self._device = torch.device(plan.trainer.device)
+        self._phases = Phases(self._device)
+        self._ranks = Ranks.current()
+        self._hooks = TrainHooks(plan.algorithm, args=hook_args(plan))
+        self._passes = Passes(plan, hooks=self._hooks, phases=self._phases, ranks=self._ranks)
         self._model: Any = None
-        self._reference: Any = None
-        self._optimizer: NamedOptimizer
-        self._phase_s: dict[str, float] = {}
+        self._shape: ModelShape | None = None
+        self._rollout: RolloutStep
 
     def load(self) -> None:
-        """Initial weights, optimizer and reference; pins threads and seeds torch."""
-        self._load(Path(self.plan.trainer.hf_checkpoint))
+        """Initial weights, optimizer and frozen models; pins threads and seeds torch."""
+        trainer = self.plan.trainer
+        if trainer.load is None:
+            self._load(Path(trainer.hf_checkpoint))
+        else:
+            stored = checkpoint.read(Path(trainer.load))
+            if not trainer.no_load_optim:
+                self.plan = self._continued(stored)
+            # A critic named beside it is another one: neither weights nor moments are the checkpoint's.
+            named = trainer.critic_load is not None
+            self._load(Path(trainer.load), critic=None if named else stored.tensors.get("critic"))
+            if not trainer.no_load_optim:
+                self._load_learners(stored, critic=not named)
         torch.manual_seed(self.plan.seed)
 
-    def _load(self, directory: Path) -> None:
+    def _continued(self, stored: checkpoint.Stored) -> TrainPlan:
+        """The plan with the schedule that trainer.load asks for."""
+        theirs = stored.plan["trainer"]
+        return msgspec.structs.replace(self.plan, trainer=scheduled(self.plan.trainer, stored=theirs))
+
+    def _load(self, directory: Path, *, critic: dict[str, Tensor] | None = None) -> None:
+        """Models and fresh optimizers; `critic` are a checkpoint's weights of it."""
         self._pin()
-        trainer = self.plan.trainer
+        trainer, algorithm = self.plan.trainer, self.plan.algorithm
         self._model = load_model(directory, trainer=trainer)
+        self._shape = model_shape(self._model)
+        self._passes.check_model(self._model)
         if trainer.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        if needs_reference(self.plan.algorithm):
-            self._reference = load_model(Path(trainer.ref_load or trainer.hf_checkpoint), trainer=trainer)
-            self._reference.requires_grad_(requires_grad=False).eval()
-        self._optimizer = NamedOptimizer(dict(self._model.named_parameters()), trainer=trainer)
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
+        parts: dict[str, Any] = {"phases": self._phases, "ranks": self._ranks}
+        self._rollout = RolloutStep(
+            plan=self.plan,
+            model=self._model,
+            actor=Learner(dict(self._model.named_parameters()), trainer=trainer, **parts),
+            critic=Critic(trainer=trainer, weights=critic, **parts)
+            if algorithm.advantage_estimator == "ppo"
+            else None,
+            policies=Policies(self.plan, self._model),
+            passes=self._passes,
+            hooks=self._hooks,
+            device=self._device,
+            **parts,
+        )
         self.step = 0
 
+    def _load_learners(self, stored: checkpoint.Stored, *, critic: bool = True) -> None:
+        """Optimizers and schedule positions of a checkpoint, the critic's too where it has one."""
+        rollout, counters = self._rollout, stored.counters
+        rollout.actor.optimizer.load_state(stored.tensors["optimizer"])
+        rollout.actor.updates = counters.updates
+        if critic and rollout.critic is not None and "critic" in stored.tensors:
+            rollout.critic.learner.optimizer.load_state(stored.tensors["critic_optimizer"])
+            rollout.critic.learner.updates = counters.critic_updates
+
     def prepare(self, groups: list[list[Sample]]) -> PreparedBatch:
-        """Advantages and packing; may run on another thread beside `train`."""
+        """Rewards and packing; may run on another thread beside `train`."""
         start = time.perf_counter()
-        prepared = prepare_batch(groups, plan=self.plan)
+        prepared = prepare_batch(
+            groups, plan=self.plan, hooks=self._hooks, ranks=self._ranks, shape=self._shape
+        )
+        if self.plan.trainer.use_rollout_routing_replay:
+            padded = prepared.data.num_tokens + 1
+            prepared.data.routing_NLK = routing_rows(prepared.rows, num_tokens=padded)
         return replace(prepared, prepare_s=time.perf_counter() - start)
 
     def train(self, prepared: PreparedBatch, *, rollout_step: int) -> StepReport:
         """All optimizer steps of one rollout step; see Backend."""
-        self._phase_s.clear()
-        steps = [[micro.to(self._device) for micro in step] for step in prepared.steps]
-        old = self._old_logprobs(steps)
-        values: dict[str, list[float]] = {}
-        for micros, old_logprobs in zip(steps, old, strict=True):
-            for name, value in self._optimizer_step(micros, old_logprobs, rollout_step).items():
-                values.setdefault(name, []).append(value)
-        metrics = {name: statistics.fmean(found) for name, found in values.items()}
-        metrics["train/skipped_steps"] = sum(values["train/skipped_steps"])
-        metrics["train/step"] = float(self.step)
-        phase_s = {"prepare": prepared.prepare_s, **self._phase_s}
+        self._phases.clear()
+        metrics = prepared.metrics | staleness_metrics(prepared.rows, rollout_step=rollout_step)
+        metrics |= self._rollout.train(prepared, rollout_step=rollout_step)
+        self.step += len(prepared.steps)
         return StepReport(
-            metrics=prepared.metrics | staleness_metrics(prepared.rows, rollout_step=rollout_step) | metrics,
+            metrics={**metrics, "train/step": float(self.step)},
             step=self.step,
             num_samples=prepared.num_samples,
             num_tokens=prepared.num_tokens,
-            phase_s=phase_s,
+            phase_s={"prepare": prepared.prepare_s, **self._phases.seconds},
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -106,24 +147,38 @@ class TorchBackend:
 
     def save(self, directory: Path, *, rollout_step: int) -> Path:
         """Write `directory`/step-NNNNNN; see checkpoint."""
+        actor, critic = self._rollout.actor, self._rollout.critic
         return checkpoint.save(
             directory,
             model=self._model,
-            optimizer=self._optimizer.state(),
+            tensors={
+                "optimizer": actor.optimizer.state(),
+                **self._rollout.policies.state(),
+                **({} if critic is None else critic.state()),
+            },
             plan=self.plan,
-            rollout_step=rollout_step,
-            step=self.step,
+            counters=checkpoint.Counters(
+                rollout_step=rollout_step,
+                step=self.step,
+                updates=actor.updates,
+                critic_updates=0 if critic is None else critic.learner.updates,
+            ),
         )
 
     def restore(self, directory: Path) -> int:
         """Become what `save` stored; returns its rollout step."""
-        state = checkpoint.read(directory)
-        checkpoint.check_same_reference(state, plan=self.plan)
-        self._load(directory)
-        self._optimizer.load_state(state.optimizer)
-        self.step = state.step
-        checkpoint.set_random_state(state.random)
-        return state.rollout_step
+        stored = checkpoint.read(directory)
+        checkpoint.check_same_reference(stored, plan=self.plan)
+        trainer = self.plan.trainer
+        if trainer.load is not None and not trainer.no_load_optim:
+            # This run's own checkpoint carries the schedule on: the other run's may be gone by now.
+            self.plan = self._continued(stored)
+        self._load(directory, critic=stored.tensors.get("critic"))
+        self._load_learners(stored)
+        self._rollout.policies.load_state(stored.tensors)
+        self.step = stored.counters.step
+        checkpoint.set_random_state(stored.random)
+        return stored.counters.rollout_step
 
     def export_hf(self, directory: Path) -> None:
         """Write a Hugging Face model directory."""
@@ -140,112 +195,11 @@ class TorchBackend:
         # Filling fresh memory costs time and guards only against reads of uninitialised memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._phase_s[name] = self._phase_s.get(name, 0.0) + time.perf_counter() - start
 
-    def _statistics(self, model: Any, micro: MicroBatch) -> TokenStatistics:
-        trainer, algorithm = self.plan.trainer, self.plan.algorithm
-        return response_statistics(
-            model,
-            micro,
-            packed=trainer.attn_implementation == "packed",
-            temperature=self.plan.rollout_temperature,
-            chunk_size=trainer.log_probs_chunk_size,
-            entropy_gradient=algorithm.entropy_coef != 0,
-        )
-
-    def _old_logprobs(self, steps: list[list[MicroBatch]]) -> list[list[Tensor | None]]:
-        """Log-probs [R] under the weights at the start of the rollout step, by step and micro-batch.
-
-        None where they need no forward of their own: the engine's are used instead, or there is a single
-        optimizer step without dropout, whose own log-probs they are.
-        """
-        if self.plan.algorithm.use_rollout_logprobs or (len(steps) == 1 and not has_dropout(self._model)):
-            return [[None] * len(micros) for micros in steps]
-        self._model.eval()
-        with self._phase("log_probs"), torch.no_grad():
-            return [[self._statistics(self._model, micro).logprobs_R for micro in micros] for micros in steps]
-
-    def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
-        if self._reference is None:
-            return None
-        with self._phase("ref_log_probs"), torch.no_grad():
-            return self._statistics(self._reference, micro).logprobs_R
-
-    def _optimizer_step(
-        self, micros: list[MicroBatch], old: list[Tensor | None], rollout_step: int
-    ) -> dict[str, float]:
-        """Accumulate gradients over the micro-batches, check, clip, step; metrics by public name."""
-        self._model.train()
-        self._optimizer.zero_grad()
-        totals: dict[str, Tensor] = {}
-        broken: str | None = None
-        for micro, old_R in zip(micros, old, strict=True):
-            metrics = self._backward(micro, old_R)
-            if not torch.isfinite(metrics["loss"]):
-                broken = f"the loss is {metrics['loss'].item()}: samples {', '.join(micro.names)}"
-                break
-            for name, value in metrics.items():
-                totals[name] = totals[name] + value if name in totals else value
-        with self._phase("optimizer"):
-            lr = learning_rate(self.step, trainer=self.plan.trainer, decay_iters=self.plan.lr_decay_iters)
-            self._optimizer.set_lr(lr)
-            if broken is None:
-                totals["grad_norm"] = self._optimizer.clip()
-                if not torch.isfinite(totals["grad_norm"]):
-                    broken = self._broken_gradient(micros, old)
-            if broken is None:
-                self._optimizer.step()
-            elif self.plan.trainer.on_nan == "fail":
-                self._optimizer.zero_grad()
-                raise NumericsError(
-                    f"rollout step {rollout_step}, optimizer step {self.step}: {broken}; the weights are "
-                    'those before this step (trainer.on_nan = "skip" goes on without it)'
-                )
-        self.step += 1
-        self._optimizer.zero_grad()
-        return self._public(totals if broken is None else {}, micros, skipped=broken is not None)
-
-    def _backward(self, micro: MicroBatch, old_R: Tensor | None) -> dict[str, Tensor]:
-        reference_R = self._reference_logprobs(micro)
-        with self._phase("train"):
-            loss, metrics = policy_objective(
-                self._statistics(self._model, micro),
-                micro,
-                algorithm=self.plan.algorithm,
-                old_R=old_R,
-                reference_R=reference_R,
-            )
-            loss.backward()
-        return metrics
-
-    def _broken_gradient(self, micros: list[MicroBatch], old: list[Tensor | None]) -> str:
-        """Which micro-batch has NaN or Inf in its gradient, found by running each alone again."""
-        for micro, old_R in zip(micros, old, strict=True):
-            self._optimizer.zero_grad()
-            self._backward(micro, old_R)
-            if not torch.isfinite(self._optimizer.clip()):
-                return f"NaN or Inf in the gradient: samples {', '.join(micro.names)}"
-        names = [name for micro in micros for name in micro.names]
-        return f"NaN or Inf in the summed gradient: samples {', '.join(names)}"
-
-    def _public(
-        self, totals: dict[str, Tensor], micros: list[MicroBatch], *, skipped: bool
-    ) -> dict[str, float]:
-        values = torch.stack([value.double().cpu() for value in totals.values()]).tolist() if totals else []
-        metrics = {
-            f"{'rollout' if name in ROLLOUT_METRICS else 'train'}/{name}": value
-            for name, value in zip(totals, values, strict=True)
-        }
-        for index, lr in enumerate(self._optimizer.learning_rates):
-            metrics[f"train/lr-pg_{index}"] = lr
-        metrics["train/global_batch_size"] = float(micros[0].num_step_samples)
-        metrics["train/num_tokens"] = float(sum(sum(micro.lengths) for micro in micros))
-        metrics["train/num_micro_batches"] = float(len(micros))
-        metrics["train/skipped_steps"] = float(skipped)
-        return metrics
+def hook_args(plan: TrainPlan) -> Args:
+    """What hooks get as `args`: every option of the run, or of these two tables where there is no run."""
+    options = plan.options or {
+        **msgspec.structs.asdict(plan.trainer),
+        **msgspec.structs.asdict(plan.algorithm),
+    }
+    return Args(options, custom_config_path=options.get("custom_config_path"))

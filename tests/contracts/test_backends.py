@@ -191,8 +191,9 @@ def test_threads_change_nothing(model_dir: Path, options: dict[str, Any]) -> Non
 
 
 def poisoned(reward: float) -> Any:
+    """One sample's reward is NaN, or so large that the gradient of each of its group is not finite."""
     groups = make_groups()
-    for sample in groups[2]:
+    for sample in groups[2][1:2] if math.isnan(reward) else groups[2]:
         sample.score = msgspec.structs.replace(sample.score, reward=reward)
     return groups
 
@@ -200,9 +201,9 @@ def poisoned(reward: float) -> Any:
 @pytest.mark.parametrize(
     ("reward", "algorithm", "what"),
     [
-        (math.nan, {}, "the loss is nan"),
+        (math.nan, {}, "the loss is nan: samples 2.1 (reward nan);"),
         # Finite in the loss, not in the squares that the norm sums.
-        (1e38, {"rewards_normalization": False}, "NaN or Inf in the gradient"),
+        (1e38, {"rewards_normalization": False}, "NaN or Inf in the gradient: samples 2.0, 2.1, 2.2, 2.3;"),
     ],
     ids=["loss", "gradient"],
 )
@@ -214,7 +215,7 @@ def test_numbers_that_are_not_stop_the_run_by_name_or_skip_the_step(
     before = snapshot(backend)
     with pytest.raises(NumericsError) as caught:
         backend.train(backend.prepare(poisoned(reward)), rollout_step=7)
-    assert f"rollout step 7, optimizer step 0: {what}: samples 2.0, 2.1, 2.2, 2.3;" in str(caught.value)
+    assert f"rollout step 7, optimizer step 0: {what}" in str(caught.value)
     assert same_bits(before, snapshot(backend))
 
     skipping = loaded(model_dir, {**small, "on_nan": "skip"}, algorithm=algorithm)

@@ -72,8 +72,8 @@ def test_a_place_that_cannot_be_written_is_named(backend: Backend, tmp_path: Pat
 
 def test_another_format_is_refused(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = backend.save(tmp_path, rollout_step=1)
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    with pytest.raises(ConfigError, match="format 1; this version reads 2"):
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    with pytest.raises(ConfigError, match="format 2; this version reads 3"):
         checkpoint.read(path)
 
 

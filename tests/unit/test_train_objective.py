@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from asyncrl.train.advantages import fill_advantages
 from asyncrl.train.backend import TrainPlan
-from asyncrl.train.data import MicroBatch, prepare_batch
+from asyncrl.train.data import prepare_batch
 from asyncrl.train.forward import response_statistics
+from asyncrl.train.micro import MicroBatch
 from asyncrl.train.model import load_model
 from asyncrl.train.objective import policy_objective
+from asyncrl.train.tokens import TokenData
 from tests.train_support import make_groups, make_plan, make_sample, write_model
 
 ALL_TERMS = {
@@ -38,11 +41,15 @@ def model(model_dir: Path) -> Any:
     return load_model(model_dir, trainer=make_plan(model_dir).trainer).double()
 
 
-def as_double(micro: MicroBatch) -> MicroBatch:
-    floats = {
-        k: v.double() for k, v in vars(micro).items() if isinstance(v, Tensor) and v.is_floating_point()
-    }
-    return dataclasses.replace(micro, **floats)
+def step_parts(plan: TrainPlan, groups: Any) -> list[tuple[MicroBatch, TokenData]]:
+    """The micro-batches of the first optimizer step with their tokens, in float64."""
+    prepared = prepare_batch(groups, plan=plan)
+    data, step = prepared.data, prepared.steps[0]
+    floats = {k: v.double() for k, v in vars(data).items() if isinstance(v, Tensor) and v.is_floating_point()}
+    data = dataclasses.replace(data, **floats)
+    fill_advantages(data, algorithm=plan.algorithm)
+    data.weigh(samples=step.samples, per_token=plan.algorithm.calculate_per_token_loss)
+    return [(micro, data.take(micro)) for micro in step.micros]
 
 
 def step_gradient(
@@ -51,19 +58,15 @@ def step_gradient(
     """Metrics and gradients of a step, in float64, with old and reference log-probs off by a bit."""
     model.zero_grad()
     totals: dict[str, float] = {}
-    for single in prepare_batch(groups or make_groups(), plan=plan).steps[0]:
-        micro = as_double(single)
+    for micro, tokens in step_parts(plan, groups or make_groups()):
         statistics = response_statistics(
             model, micro, packed=packed, temperature=0.8, chunk_size=chunk_size, entropy_gradient=True
         )
         shift = torch.sin(micro.target_R.double())
-        loss, metrics = policy_objective(
-            statistics,
-            micro,
-            algorithm=plan.algorithm,
-            old_R=statistics.logprobs_R.detach() + 0.3 * shift,
-            reference_R=statistics.logprobs_R.detach() - 0.5 * shift if plan.algorithm.use_kl_loss else None,
-        )
+        tokens.old_R = statistics.logprobs_R.detach() + 0.3 * shift
+        if plan.algorithm.use_kl_loss:
+            tokens.reference_R = statistics.logprobs_R.detach() - 0.5 * shift
+        loss, metrics = policy_objective(statistics, tokens, algorithm=plan.algorithm)
         loss.backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + value.item()
@@ -109,8 +112,8 @@ def test_packed_and_padded_forwards_agree(model: Any, model_dir: Path) -> None:
 
 
 def test_log_probs_are_those_of_transformers_for_each_sample_alone(model: Any, model_dir: Path) -> None:
-    micro = prepare_batch(make_groups(), plan=make_plan(model_dir)).steps[0][0]
-    ours = response_statistics(model, as_double(micro), packed=True, temperature=0.7).logprobs_R
+    micro = prepare_batch(make_groups(), plan=make_plan(model_dir)).steps[0].micros[0]
+    ours = response_statistics(model, micro, packed=True, temperature=0.7).logprobs_R
     model.set_attn_implementation("sdpa")
     try:
         start, theirs = 0, []
@@ -126,9 +129,10 @@ def test_log_probs_are_those_of_transformers_for_each_sample_alone(model: Any, m
 
 
 def loss_of(model: Any, plan: TrainPlan, groups: Any, **arguments: Any) -> dict[str, float]:
-    micro = as_double(prepare_batch(groups, plan=plan).steps[0][0])
+    micro, tokens = step_parts(plan, groups)[0]
     statistics = response_statistics(model, micro, packed=True, temperature=1.0)
-    objective = policy_objective(statistics, micro, algorithm=plan.algorithm, **arguments)
+    tokens = dataclasses.replace(tokens, **arguments)
+    objective = policy_objective(statistics, tokens, algorithm=plan.algorithm)
     return {name: value.item() for name, value in objective.metrics.items()}
 
 
@@ -192,13 +196,13 @@ def test_opsm_compares_the_engine_with_the_current_weights_and_spares_the_kl_ter
 
 def test_without_old_log_probs_the_current_ones_stand_in(model: Any, model_dir: Path) -> None:
     plan = make_plan(model_dir, algorithm={"use_tis": True})
-    micro = as_double(prepare_batch(make_groups(), plan=plan).steps[0][0])
+    micro, tokens = step_parts(plan, make_groups())[0]
     results = []
     for given in (False, True):
         model.zero_grad()
         statistics = response_statistics(model, micro, packed=True, temperature=1.0)
-        old = statistics.logprobs_R.detach() if given else None
-        loss, metrics = policy_objective(statistics, micro, algorithm=plan.algorithm, old_R=old)
+        tokens.old_R = statistics.logprobs_R.detach() if given else None
+        loss, metrics = policy_objective(statistics, tokens, algorithm=plan.algorithm)
         loss.backward()
         gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
         results.append(({name: value.item() for name, value in metrics.items()}, gradient))
