@@ -29,7 +29,7 @@ from asyncrl.train.backend import Prepared, StepReport, train_plan
 from asyncrl.train.checkpoint import prune
 from asyncrl.train.loop import Trainer
 from asyncrl.train.make import make_backend
-from asyncrl.train.report import step_metrics, step_update
+from asyncrl.train.report import concerns, step_metrics, step_update
 from asyncrl.weights.pushes import Pushes, push_settings
 
 CHECKPOINTS = "checkpoints"
@@ -67,6 +67,7 @@ class TrainerRole(DeskActor):
         self._saved = -1
         self._last_end = time.monotonic()
         self._committed: dict[tuple[str, int], asyncio.Event] = {}
+        self._concerns: set[str] = set()
 
     def _record(self, row: dict[str, float], version: int) -> None:
         self.metrics.write(row, step=version)
@@ -236,6 +237,15 @@ class TrainerRole(DeskActor):
             staleness_max=update.staleness_max,
         )
         await self.tell(update)
+        await self._warn(metrics, step=step)
+
+    async def _warn(self, metrics: dict[str, float], *, step: int) -> None:
+        """Say what is new among the concerns; one that lasts is said once."""
+        found = concerns(metrics)
+        for name in found.keys() - self._concerns:
+            self.log.warning(found[name], step=step, metric=name, value=metrics[name])
+            await self.tell(NoteUpdate(text=f"step {step}: {found[name]}"))
+        self._concerns |= found.keys()
 
     async def close(self) -> None:
         await self.pushes.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from asyncrl.obs.view import StepUpdate
 from asyncrl.train.backend import StepReport
 
@@ -14,6 +16,23 @@ PHASES = {
     "train_critic": "perf/critic_train_time",
 }
 """Phases of a report that have a metric of their own; the rest is actor_train_time."""
+
+
+MANY_MASKED = 0.1
+"""Share of sequences that OPSM may mask before it is said in words."""
+
+
+def concerns(metrics: Mapping[str, float]) -> dict[str, str]:
+    """What a person should know about a step's numbers: metric -> sentence."""
+    masked = metrics.get("train/opsm_masked_fraction", 0.0)
+    if masked <= MANY_MASKED:
+        return {}
+    return {
+        "train/opsm_masked_fraction": (
+            f"OPSM masked {masked:.0%} of the sequences, so bad answers hardly count; algorithm.opsm_delta "
+            "may be below the ordinary difference between engine and trainer (0.05 to 0.2 is usual)"
+        )
+    }
 
 
 def step_metrics(report: StepReport, *, train_s: float, waited_s: float) -> dict[str, float]:

@@ -102,3 +102,13 @@ def test_the_engines_routing_reaches_the_trainer(tmp_path: Path, model: Path) ->
     assert rows[0]["train/train_rollout_logprob_abs_diff"] < 1e-4
     # Under lagging weights some token would have gone elsewhere.
     assert not replays_equal(run, "trainer.use_rollout_routing_replay=false")
+
+
+def test_opsm_that_masks_much_is_said_in_words(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The scripted engine's log-probs are nothing like the model's, so that every bad answer is masked.
+    run = run_inside(tmp_path, model, {"algorithm.correction": "opsm", "algorithm.opsm_delta": 1e-4})
+    assert run.code == ExitCode.FINISHED
+    assert max(row.get("train/opsm_masked_fraction", 0.0) for row in run.metrics("trainer")) > 0.1
+    assert capsys.readouterr().out.count("OPSM masked") == 1
