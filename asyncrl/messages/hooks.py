@@ -74,6 +74,8 @@ class HookSample:
     rollout_routed_experts: Any = None
     """int32 [P + R - 1, layers, experts per token], an array or lists; None where nobody recorded it (rewards
     never get it)."""
+    teacher_log_probs: Any = None
+    """R values, an array or a list: a teacher's log-probs, for distillation; a reward may set them."""
     remove_sample: bool = False
     """Out of the loss, still part of its group's statistics."""
     status: Status = Status.PENDING
@@ -181,6 +183,9 @@ def hook_sample(sample: Sample, *, group_size: int = 0) -> HookSample:
         weight_versions=[f"{span.version}.{span.incarnation}" for span in sample.spans],
         rollout_log_probs=logprobs_of(sample.logprobs).tolist(),
         rollout_routed_experts=None if routing is None else routing.astype("int32"),
+        teacher_log_probs=logprobs_of(score.teacher_logprobs).tolist()
+        if score is not None and score.teacher_logprobs
+        else None,
         remove_sample=sample.metadata.get(REMOVE_SAMPLE, False)
         or (score is not None and score.remove_sample),
         status=sample.status,

@@ -16,7 +16,7 @@ import msgspec
 
 from asyncrl.errors import RewardError
 from asyncrl.messages.hooks import Args, HookSample, changed_metadata, hook_sample
-from asyncrl.messages.sample import Lane, Sample, Score
+from asyncrl.messages.sample import Lane, Sample, Score, pack_logprobs
 from asyncrl.topology.plugins import is_plugin_path
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -139,19 +139,22 @@ def _number(value: Any) -> float | None:
 def normalise(value: Any, sample: Sample, hook: HookSample, *, spec: RewardSpec) -> Score:
     """The Score that `value`, returned for `sample`, means. Raises RewardError naming both.
 
-    What the function added to the metadata of `hook`, its copy, and its `remove_sample` come along.
+    What the function added to the metadata of `hook`, its copy, its `remove_sample` and its
+    `teacher_log_probs` come along.
     """
     where = f'reward "{spec.use}": {name_of(sample)}'
     key = (spec.eval_reward_key or spec.reward_key) if sample.lane == Lane.EVAL else spec.reward_key
     number, detail = _selected(value, key, where)
     if number is None or not math.isfinite(number):
         raise RewardError(f"{where}: returned {_shown(value)}; a finite number, a bool or a dict is allowed")
+    teacher = _teacher_logprobs(hook.teacher_log_probs, sample, where)
     try:
         return Score(
             reward=number,
             detail=plain(detail),
             remove_sample=bool(hook.remove_sample),
             metadata=plain(changed_metadata(hook.metadata, sample.metadata)),
+            teacher_logprobs=teacher,
         )
     except RewardError as error:
         raise RewardError(
@@ -172,6 +175,27 @@ def _selected(value: Any, key: str | None, where: str) -> tuple[float | None, di
             f'{where}: returned a dict without reward_key "{key}"; it has {sorted(map(str, value))}'
         )
     return _number(value[key]), value
+
+
+def _teacher_logprobs(values: Any, sample: Sample, where: str) -> bytes:
+    """`sample.teacher_log_probs` as a function left it, packed; empty for None. Raises RewardError."""
+    if values is None:
+        return b""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)) or len(values) != sample.num_tokens:
+        came = f"{len(values)} values" if isinstance(values, (list, tuple)) else _shown(values)
+        raise RewardError(
+            f"{where}: set teacher_log_probs to {came}; {sample.num_tokens} numbers are needed, one per "
+            "response token"
+        )
+    numbers = [_number(value) for value in values]
+    for place, number in enumerate(numbers):
+        if number is None or not math.isfinite(number):
+            raise RewardError(
+                f"{where}: set teacher_log_probs[{place}] to {_shown(values[place])}; a finite number is "
+                "needed"
+            )
+    return pack_logprobs(numbers)
 
 
 def _shown(value: Any) -> str:

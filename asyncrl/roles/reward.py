@@ -1,7 +1,8 @@
 """A reward worker: scores finished samples, and judges complete groups by the run's filters.
 
 User code runs in killable children (`rewards.sandbox`); a failing reward is a named failure of that sample,
-never a zero and never a lost sample.
+never a zero and never a lost sample. A teacher, where the table names one, is asked from here, after the
+reward: what is no score needs no teacher.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Score
 from asyncrl.rewards.base import RewardFailure, RewardSpec
 from asyncrl.rewards.sandbox import Sandbox
+from asyncrl.rewards.teacher import Teacher
 from asyncrl.topology.flat import flat_options
 from asyncrl.topology.plan import Plan
+from asyncrl.topology.schema import RewardConfig
 
 DRAIN_S = 20.0
 """How long a leaving worker waits for what it is scoring."""
@@ -48,6 +51,7 @@ class RewardRole(DeskActor):
             name=self.name,
             on_output=lambda text: self.log.info("reward output", text=text),
         )
+        self._teacher = _teacher(self.plan, self.table)
         self._jobs: asyncio.Queue[tuple[Lease, list[Sample], int]] = asyncio.Queue()
         self._busy = 0
         self._idle = asyncio.Event()
@@ -106,6 +110,8 @@ class RewardRole(DeskActor):
     async def _score(self, lease: Lease, samples: list[Sample]) -> None:
         whole = self.table.group_rm and samples[0].lane == "train"
         results = await (self._sandbox.score_group(samples) if whole else self._sandbox.score(samples))
+        if self._teacher is not None:
+            results = await self._teacher.complete(samples, results)
         scores, frames = [], []
         for sample, result in zip(samples, results, strict=True):
             scores.append(_scored(lease.fence, sample, result))
@@ -146,6 +152,8 @@ class RewardRole(DeskActor):
 
     async def close(self) -> None:
         self.metrics.write(self.gauges)
+        if self._teacher is not None:
+            await self._teacher.close()
         await self._sandbox.close()
 
 
@@ -160,6 +168,13 @@ def _scored(fence: int, sample: Sample, result: Score | RewardFailure) -> Scored
         reward=result.reward,
         remove_sample=result.remove_sample,
     )
+
+
+def _teacher(plan: Plan, table: RewardConfig) -> Teacher | None:
+    if table.teacher_url is None:
+        return None
+    temperature = plan.topology.rollout.rollout_temperature
+    return Teacher(table.teacher_url, temperature=temperature, timeout_s=table.timeout_s)
 
 
 def reward_spec(plan: Plan, index: int) -> RewardSpec:

@@ -63,7 +63,7 @@ class AlgorithmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     (old - teacher's log-prob)."""
     opd_type: Literal["model", "engine"] = "model"
     """Where the teacher's log-probs come from: a frozen model in the trainer (slime, Miles: megatron), or the
-    samples, where a hook or a reward put them as teacher_log_probs (sglang)."""
+    samples, where reward.teacher_url or a reward function of yours put them (sglang)."""
     opd_kl_coef: float = 1.0
     """Weight of distillation in the advantage."""
     opd_teacher_load: str | None = None

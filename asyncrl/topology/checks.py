@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from asyncrl.topology import batch, catalogue, checks_algorithm, checks_trainer
+from asyncrl.topology import batch, catalogue, checks_algorithm, checks_rewards, checks_trainer
 from asyncrl.topology.plugins import BOXED, check_reward_name
 from asyncrl.topology.ranges import RANGES, Range
 from asyncrl.topology.schema import GeneratorConfig, RewardConfig, Topology
@@ -39,6 +39,7 @@ def problems(topology: Topology) -> list[str]:
         checks_algorithm.problems,
         checks_trainer.problems,
         _rewards,
+        checks_rewards.problems,
         _rest,
     ):
         found.extend(check(topology))

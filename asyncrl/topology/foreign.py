@@ -142,7 +142,7 @@ VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """Our option -> foreign value -> ours, where slime, Miles, verl or OpenRLHF call a value otherwise."""
 
 _OWN_TABLES = ("generator", "buffer", "weights")
-_OWN_REWARD = frozenset(["name", "replicas", "use", "timeout_s", "concurrency", "batch"])
+_OWN_REWARD = frozenset(["name", "replicas", "use", "teacher_url", "timeout_s", "concurrency", "batch"])
 
 
 def normalised(name: str) -> str:

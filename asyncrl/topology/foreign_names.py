@@ -112,6 +112,10 @@ FROM_SLIME_AND_MILES: Mapping[str, Foreign] = MappingProxyType(
         "opd_teacher_ckpt_step": Foreign(
             "algorithm.opd_teacher_load", "name the directory of that step's Hugging Face export"
         ),
+        "opd_teacher_urls": Foreign(
+            "reward.teacher_url",
+            "one server; with several, let a reward function of yours set sample.teacher_log_probs",
+        ),
         "disable_rollout_trim_samples": Foreign(
             "trainer.use_dynamic_global_batch_size", "samples are never trimmed to fit a batch"
         ),
@@ -243,8 +247,7 @@ _NOT_YET = {
         ci_disable_kl_checker ci_metric_checker_key ci_metric_checker_threshold ci_save_grad_norm
         ci_load_grad_norm""",
     "distillation compares the log-probs of the sampled tokens, with one teacher": """
-        opd_log_prob_top_k opd_top_k_strategy opd_reward_weight_mode opd_topk_per_position opd_teacher_urls
-        opd_teacher_key""",
+        opd_log_prob_top_k opd_top_k_strategy opd_reward_weight_mode opd_topk_per_position opd_teacher_key""",
 }
 NOT_YET: Mapping[str, str] = MappingProxyType(
     {name: why for why, names in _NOT_YET.items() for name in names.split()}

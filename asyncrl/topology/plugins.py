@@ -27,7 +27,7 @@ from types import ModuleType
 from asyncrl.errors import AsyncrlError, PluginError
 from asyncrl.topology.hook_kinds import KINDS, Hook
 
-BUILTIN_REWARDS = ("math", "exact", "random", "deterministic_random", "remote_rm")
+BUILTIN_REWARDS = ("math", "exact", "random", "deterministic_random", "remote_rm", "none")
 """Rewards that need no code of the user's."""
 PLANNED_REWARDS = ("deepscaler", "gemma_math", "dapo", "f1", "gpqa", "ifbench")
 """Names of the references that are known and not built in yet."""

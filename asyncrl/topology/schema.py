@@ -175,10 +175,18 @@ class RewardConfig(Table, frozen=True, kw_only=True):
     replicas: int = 1
     """Processes made from this table."""
     use: str = "math"
-    """A built-in (Miles' --rm-type names: math, exact, random, remote_rm, ...) or a function of yours,
-    "package.module:function" with (sample) or (args, sample) (slime: --custom-rm-path)."""
+    """A built-in (Miles' --rm-type names: math, exact, random, remote_rm, ..., and none, which is 0 for every
+    answer) or a function of yours, "package.module:function" with (sample) or (args, sample) (slime:
+    --custom-rm-path)."""
     rm_url: str | None = None
     """Where `remote_rm` posts {prompt, response, label}."""
+    teacher_url: str | None = None
+    """Address of an SGLang server with a teacher of the same vocabulary, "http://HOST:PORT": beside its
+    reward, every sample of training gets that model's log-probs of its answer, for algorithm.opd_type =
+    "engine". With use = "none" the teacher is all there is to learn from; a reward function of yours may set
+    sample.teacher_log_probs itself, and what it sets stands. Asking, retries included, has `timeout_s`.
+    SGLang gives log-probs at temperature 1, so rollout_temperature = 1 compares like with like. (slime: the
+    --rm-url of its distillation example)"""
     reward_key: str | None = None
     """Key of the number when the reward is a dict."""
     eval_reward_key: str | None = None

@@ -122,6 +122,12 @@ def _worker_warnings(plan: Plan) -> Iterator[str]:
         yield "generator: there is none; nothing is sampled until `asyncrl attach generator` adds one"
     if not topology.reward:
         yield "reward: there is none; nothing is trained until `asyncrl attach reward` adds one"
+    temperature = topology.rollout.rollout_temperature
+    if temperature != 1 and any(table.teacher_url for table in topology.reward):
+        yield (
+            f"reward.teacher_url: SGLang gives the teacher's log-probs at temperature 1, the trainer's at "
+            f"rollout_temperature = {temperature:g}; distillation then pulls the one towards the other"
+        )
     prompt, answer = topology.source.rollout_max_prompt_len or 0, topology.rollout.rollout_max_response_len
     budget = topology.trainer.max_tokens_per_gpu or 0
     if topology.trainer.use_dynamic_batch_size and prompt + answer > budget:

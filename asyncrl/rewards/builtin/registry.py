@@ -34,6 +34,7 @@ def _plain(name: str) -> Callable[..., Any]:
         "exact": simple.exact,
         "random": simple.random_reward,
         "deterministic_random": simple.deterministic_random,
+        "none": simple.no_reward,
     }[name]
 
 

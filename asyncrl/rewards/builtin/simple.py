@@ -1,4 +1,4 @@
-"""The rewards that need nothing: `exact`, `random`, `deterministic_random`."""
+"""The rewards that need nothing: `exact`, `random`, `deterministic_random`, `none`."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def deterministic_random(args: Any, sample: HookSample) -> float:  # noqa: ARG00
     """Miles' coin: first byte of sha256(str(tokens) + response), modulo 2."""
     data = str(sample.tokens) + sample.response
     return float(hashlib.sha256(data.encode()).digest()[0] % 2)
+
+
+def no_reward(args: Any, sample: HookSample) -> float:  # noqa: ARG001
+    """0.0 for every sample: what distillation alone trains on (slime's reward under --opd-type sglang)."""
+    return 0.0
