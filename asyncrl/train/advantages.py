@@ -27,19 +27,26 @@ GROUP_RELATIVE = ("grpo", "gspo", "cispo")
 """Estimators that share GRPO's advantages."""
 
 
+def distils(algorithm: AlgorithmConfig) -> bool:
+    """Whether advantages are made of a teacher's log-probs, alone or beside others."""
+    return algorithm.use_opd or algorithm.advantage_estimator == "on_policy_distillation"
+
+
 def normalized_rewards(
     rewards_S: Tensor, *, group_S: Tensor, rollout_S: Tensor | None, algorithm: AlgorithmConfig
 ) -> Tensor:
     """The rewards [S] that the estimator starts from. Source: slime-miles.md 3.1.
 
+    Without rewards_normalization they are as given, but for rloo, which is nothing without its baseline.
+
     grpo, gspo, cispo: minus the group's mean, over its standard deviation; reinforce_plus_plus_baseline:
     minus the mean; rloo: minus the mean of the others; the rest takes rewards as they are.
     """
     estimator = algorithm.advantage_estimator
-    if not algorithm.rewards_normalization:
-        return rewards_S.clone()
     if estimator == "rloo":
         return leave_one_out(rewards_S, group_S=group_S)
+    if not algorithm.rewards_normalization:
+        return rewards_S.clone()
     if estimator in GROUP_RELATIVE or estimator == "reinforce_plus_plus_baseline":
         std = algorithm.grpo_std_normalization and estimator in GROUP_RELATIVE
         try:
@@ -91,7 +98,7 @@ def _estimate(data: TokenData, algorithm: AlgorithmConfig) -> tuple[Tensor, Tens
         advantage_R = reward_R - algorithm.kl_coef * kl_R
         return advantage_R, advantage_R.clone()
     if estimator == "on_policy_distillation":
-        advantage_R = _teacher(data) - _student(data, algorithm)
+        advantage_R = _known(data.teacher_R) - _student(data, algorithm)
         return advantage_R, advantage_R.clone()
     return reward_R, reward_R.clone()
 
@@ -135,23 +142,13 @@ def _returns(data: TokenData, algorithm: AlgorithmConfig) -> Tensor:
 
 def _distil(data: TokenData, algorithm: AlgorithmConfig) -> dict[str, float]:
     """A_t -= opd_kl_coef (student - teacher), whatever the estimator."""
-    if not (algorithm.use_opd or algorithm.advantage_estimator == "on_policy_distillation"):
+    # Scores may hold a teacher's log-probs for a hook alone; the old policy's may be unknown then.
+    if not distils(algorithm):
         return {}
-    reverse_kl_R = _student(data, algorithm) - _teacher(data)
+    reverse_kl_R = _student(data, algorithm) - _known(data.teacher_R)
     if algorithm.use_opd:
         data.advantage_R = _known(data.advantage_R) - algorithm.opd_kl_coef * reverse_kl_R
     return {"train/opd_reverse_kl": _mean(reverse_kl_R, data)}
-
-
-def _teacher(data: TokenData) -> Tensor:
-    """The teacher's log-probs [R]. Raises DataError where the samples were to bring them and did not."""
-    if data.teacher_R is None:
-        raise DataError(
-            "training batch: samples without teacher log-probs, which on-policy distillation with "
-            'algorithm.opd_type = "engine" needs of every sample; let the reward give them '
-            '(Score.teacher_logprobs), or set opd_type = "model" and opd_teacher_load'
-        )
-    return data.teacher_R
 
 
 def _student(data: TokenData, algorithm: AlgorithmConfig) -> Tensor:

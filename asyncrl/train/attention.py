@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,23 +52,31 @@ def bucket_length(length: int) -> int:
 
 def plan_segments(lengths: Sequence[int]) -> Segments:
     """The plan for sequences of these lengths laid end to end in one row, in order."""
-    members: dict[int, list[tuple[int, int]]] = {}
-    start = 0
-    for length in lengths:
-        members.setdefault(bucket_length(length), []).append((start, length))
-        start += length
-    shapes, gathers, scatter_T, places = [], [], torch.empty(start, dtype=torch.int64), 0
+    lengths_S = np.array(lengths, np.int64)
+    starts_S = lengths_S.cumsum() - lengths_S
+    members: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        members.setdefault(bucket_length(length), []).append(index)
+    shapes, gathers, scatter_T, places = [], [], np.empty(int(lengths_S.sum()), np.int64), 0
     for _, rows in sorted(members.items()):
-        starts_B1, lengths_B1 = torch.tensor(rows).T.unsqueeze(-1)
-        steps_1L = torch.arange(int(lengths_B1.max())).unsqueeze(0)
-        index_BL = starts_B1 + torch.minimum(steps_1L, lengths_B1 - 1)
+        if len(rows) == 1:
+            # Long answers are often alone in their bucket, and a run of places needs no index arithmetic.
+            start, length = int(starts_S[rows[0]]), lengths[rows[0]]
+            gathers.append(np.arange(start, start + length))
+            scatter_T[start : start + length] = np.arange(places, places + length)
+            shapes.append((1, length))
+            places += length
+            continue
+        lengths_B1, starts_B1 = lengths_S[rows, None], starts_S[rows, None]
+        steps_1L = np.arange(int(lengths_B1.max()))[None]
+        index_BL = starts_B1 + np.minimum(steps_1L, lengths_B1 - 1)
         valid_BL = steps_1L < lengths_B1
-        place_BL = places + torch.arange(index_BL.numel()).view_as(index_BL)
+        place_BL = places + np.arange(index_BL.size).reshape(index_BL.shape)
         scatter_T[index_BL[valid_BL]] = place_BL[valid_BL]
         shapes.append((index_BL.shape[0], index_BL.shape[1]))
         gathers.append(index_BL.reshape(-1))
-        places += index_BL.numel()
-    return Segments(shapes, torch.cat(gathers), scatter_T)
+        places += index_BL.size
+    return Segments(shapes, torch.from_numpy(np.concatenate(gathers)), torch.from_numpy(scatter_T))
 
 
 def packed_attention(

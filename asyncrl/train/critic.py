@@ -74,10 +74,10 @@ class Critic:
         self._model.train()
 
     def values(self, micro: MicroBatch) -> Tensor:
-        """V_t [R] float32 at every response token, with gradient where it is enabled."""
+        """V_t [R] in the head's precision at every response token, with gradient where it is enabled."""
         packed = self._trainer.attn_implementation == "packed"
         hidden_RD = response_hidden_states(self._model, micro, packed=packed)
-        return self._head(hidden_RD.float()).squeeze(-1)
+        return self._head(hidden_RD.to(self._head.weight.dtype)).squeeze(-1)
 
     def eval(self) -> None:
         """Evaluation mode."""

@@ -23,13 +23,13 @@ from asyncrl.errors import DataError
 from asyncrl.messages.hooks import HookSample
 from asyncrl.messages.sample import Sample
 from asyncrl.topology.training import TrainerConfig
-from asyncrl.train.advantages import normalized_rewards
+from asyncrl.train.advantages import distils, normalized_rewards
 from asyncrl.train.backend import TrainPlan
 from asyncrl.train.hooks import TrainHooks
 from asyncrl.train.micro import Layout, MicroBatch
 from asyncrl.train.model import ModelShape
 from asyncrl.train.ranks import Ranks
-from asyncrl.train.rows import Row, data_metrics, decode
+from asyncrl.train.rows import Row, data_metrics, decode, require_teacher
 from asyncrl.train.tokens import TokenData, token_data
 
 DEFAULT_MAX_TOKENS = 8192
@@ -81,7 +81,8 @@ def prepare_batch(
 ) -> PreparedBatch:
     """Rewards over each group, optimizer steps in recorded order, micro-batches within each.
 
-    Raises DataError for an empty batch or a malformed sample, PluginError for a hook's malformed answer.
+    Raises DataError for an empty batch, a malformed sample or an optimizer step with fewer samples than
+    ranks, PluginError for a hook's malformed answer.
     """
     rows = [decode(sample, group_size=plan.n_samples_per_prompt) for group in groups for sample in group]
     if not rows:
@@ -89,26 +90,31 @@ def prepare_batch(
     samples = hooks.samples(groups) if hooks is not None and hooks.want_samples else []
     rows, rewards = _rewards(rows, [sample for group in samples for sample in group], plan, hooks)
     _check_count(len(rows), plan, converted=hooks is not None and hooks.convert_samples is not None)
+    if distils(plan.algorithm) and plan.algorithm.opd_type == "engine":
+        require_teacher(rows)
     layout = Layout(rows, pad_multiple=plan.trainer.data_pad_size_multiplier)
     lengths = [row.num_tokens for row in rows]
+    step_ranges = split_steps(len(rows), num_steps=plan.num_steps_per_rollout)
+    _check_ranks(step_ranges, ranks)
     steps = [
         Step(samples=samples_of, micros=[layout.micro_batch(members) for members in ranked[ranks.rank]])
         for samples_of, ranked in zip(
-            split_steps(len(rows), num_steps=plan.num_steps_per_rollout),
+            step_ranges,
             pack(
                 lengths, trainer=plan.trainer, num_steps=plan.num_steps_per_rollout, ranks=ranks, shape=shape
             ),
             strict=True,
         )
     ]
+    data = token_data(rows, reward_S=torch.tensor(rewards, dtype=torch.float64))
     return PreparedBatch(
         steps=steps,
         forwards=_forwards(steps, lengths, layout, plan, ranks),
-        data=token_data(rows, reward_S=torch.tensor(rewards, dtype=torch.float64)),
+        data=data,
         rows=rows,
         samples=samples,
         metrics=data_metrics(rows, rewards),
-        num_tokens=sum(int(row.mask.sum()) for row in rows),
+        num_tokens=int(torch.count_nonzero(data.mask_R)),
         layout=layout,
     )
 
@@ -148,6 +154,18 @@ def _check_count(count: int, plan: TrainPlan, *, converted: bool) -> None:
             f"{plan.num_samples} = global_batch_size x num_steps_per_rollout, or set "
             "trainer.use_dynamic_global_batch_size = true to split whatever comes into as many steps"
         )
+
+
+def _check_ranks(step_ranges: Sequence[range], ranks: Ranks) -> None:
+    """Every rank sees the same batch, so all of them refuse it, and none waits for another."""
+    for number, samples in enumerate(step_ranges):
+        if len(samples) < ranks.size:
+            raise DataError(
+                f"training batch: optimizer step {number} of {len(step_ranges)} has {len(samples)} samples "
+                f"for {ranks.size} ranks; every rank needs one: raise trainer.global_batch_size, lower "
+                "trainer.num_steps_per_rollout, start fewer trainer processes, or, for a smaller last batch, "
+                "set trainer.allow_partial_train_step = false"
+            )
 
 
 def pack(

@@ -1,13 +1,15 @@
 """A batch as training hooks of slime and Miles know it: dictionaries of lists, one entry per sample.
 
-Owns the translation there and back, with every length checked on the way back. The per-token entries are
-views, so a hook that changes them in place has changed the batch; entries it replaces are read back.
+Owns the translation there and back, with every length and value checked on the way back. Hooks get copies:
+what they change in place or replace in a dictionary of `rollout_data` counts once `read_back` took it over,
+and the batch they were made from can be trained again.
 
 Shape letters: R response tokens, S samples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 
 from asyncrl.errors import PluginError
-from asyncrl.messages.hooks import HookSample
 from asyncrl.train.micro import MicroBatch
 from asyncrl.train.rows import Row
 from asyncrl.train.tokens import TokenData
@@ -33,40 +34,52 @@ PER_TOKEN = {
     "returns": "return_R",
 }
 """slime's key -> field of TokenData."""
-REQUIRED = ("tokens", "response_lengths", "rewards", "loss_masks", "sample_indices")
-"""Keys that converted training data must have."""
 
 
 def rollout_data(data: TokenData, rows: Sequence[Row]) -> dict[str, Any]:
     """The whole batch: what slime calls rollout_data."""
+    device = data.mask_R.device
+    tokens = [np.concatenate([row.prompt, row.response]) for row in rows]
     return {
-        "tokens": [torch.from_numpy(np.concatenate([row.prompt, row.response])).long() for row in rows],
-        "total_lengths": [row.num_tokens for row in rows],
-        "response_lengths": [len(row.response) for row in rows],
-        "rewards": data.reward_S.tolist(),
+        "tokens": [torch.from_numpy(each).long().to(device) for each in tokens],
+        "total_lengths": list(data.lengths),
         "raw_reward": [row.reward for row in rows],
         "truncated": [int(row.truncated) for row in rows],
         "sample_indices": [row.sample_index for row in rows],
-        **_token_lists(data),
+        **_lists(data),
     }
 
 
 def loss_batch(tokens: TokenData, micro: MicroBatch) -> dict[str, Any]:
     """A micro-batch: what slime hands a loss function as batch."""
-    sequences = list(micro.input_T.split(micro.lengths))[: micro.num_samples]
-    lists = _token_lists(tokens)
     return {
         "tokens": micro.input_T[None],
-        "unconcat_tokens": sequences,
-        "total_lengths": tokens.lengths,
-        "response_lengths": [len(mask_R) for mask_R in lists["loss_masks"]],
-        **lists,
+        "unconcat_tokens": list(micro.input_T.split(micro.lengths))[: micro.num_samples],
+        "total_lengths": list(tokens.lengths),
+        **_lists(tokens),
     }
 
 
-def _token_lists(data: TokenData) -> dict[str, list[Tensor]]:
+def masks_of(data: TokenData, mask_R: Tensor) -> list[Tensor]:  # noqa: N803 -- a shape suffix
+    """A loss mask as hooks get it: int32, a copy, one entry per sample."""
+    return data.split(mask_R.to(torch.int32))
+
+
+def copies(data: TokenData, values_R: Tensor) -> list[Tensor]:  # noqa: N803 -- a shape suffix
+    """Per-token values as hooks get them: a copy, one entry per sample."""
+    return data.split(values_R.detach().clone())
+
+
+def _lists(data: TokenData) -> dict[str, Any]:
     found = {key: getattr(data, field) for key, field in PER_TOKEN.items()}
-    return {key: data.split(values_R) for key, values_R in found.items() if values_R is not None}
+    masks = masks_of(data, data.mask_R)
+    return {
+        **{key: copies(data, values_R) for key, values_R in found.items() if values_R is not None},
+        "loss_masks": masks,
+        "response_lengths": [len(mask_R) for mask_R in masks],
+        "rollout_mask_sums": [int(mask_R.sum()) for mask_R in masks],
+        "rewards": data.reward_S.tolist(),
+    }
 
 
 def read_back(
@@ -82,86 +95,102 @@ def read_back(
     for key, field in PER_TOKEN.items():
         if changed.get(key) is not None:
             setattr(data, field, joined(changed[key], data, what=f'{what}: rollout_data["{key}"]'))
-    if "rewards" in changed:
-        rewards = changed["rewards"]
-        check_length(rewards, data.num_samples, what=f'{what}: rollout_data["rewards"]', unit="samples")
-        data.reward_S = torch.as_tensor(rewards, dtype=data.reward_S.dtype).to(data.reward_S.device)
+    check_binary(data.mask_R, data, what=f'{what}: rollout_data["loss_masks"]')
+    for key in required:
+        _check_finite(getattr(data, PER_TOKEN[key]), data, what=f'{what}: rollout_data["{key}"]')
+    if changed.get("rewards") is not None:
+        rewards = numbers(changed["rewards"], data.names, what=f'{what}: rollout_data["rewards"]')
+        data.reward_S = torch.tensor(rewards).to(data.reward_S)
 
 
 def joined(values: Any, data: TokenData, *, what: str) -> Tensor:
-    """A list of per-sample values as one tensor [R]. Raises PluginError where a length differs."""
+    """A list of per-sample values as one tensor [R] without gradient.
+
+    Raises PluginError naming the sample whose values are no numbers or of another length.
+    """
     expected = [len(part) for part in data.split(data.mask_R)]
-    check_length(values, len(expected), what=what, unit="samples")
-    parts = [torch.as_tensor(part).to(data.mask_R) for part in values]
-    for name, part, length in zip(data.names, parts, expected, strict=True):
+    check_length(values, len(expected), what=what)
+    parts = []
+    for name, value, length in zip(data.names, values, expected, strict=True):
+        part = tensor_of(value, what=f"{what}: sample {name}").to(data.mask_R)
         if tuple(part.shape) != (length,):
             raise PluginError(
                 f"{what}: sample {name} came with shape {list(part.shape)}; expected [{length}], one value "
                 "per response token"
             )
+        parts.append(part)
     return torch.cat(parts) if parts else data.mask_R.new_zeros(0)
 
 
-def check_length(values: Any, expected: int, *, what: str, unit: str) -> None:
-    """Raise PluginError where `values` is no list of `expected` entries."""
-    found = len(values) if hasattr(values, "__len__") else None
-    if found != expected:
-        came = type(values).__name__ if found is None else f"{found} entries"
-        raise PluginError(f"{what}: came with {came}; expected a list of {expected}, one per {unit[:-1]}")
+def tensor_of(value: Any, *, what: str) -> Tensor:
+    """`value` as a tensor without gradient. Raises PluginError where it holds anything but numbers."""
+    try:
+        return torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PluginError(f"{what} came with {described(value)}; expected numbers ({error})") from error
 
 
-def converted_rows(
-    found: Any, rows: Sequence[Row], samples: Sequence[HookSample], *, what: str
-) -> tuple[list[Row], list[float]]:
-    """Rows and rewards from what a convert-samples hook returned. Raises PluginError.
-
-    Versions, and log-probs where the hook gives none, are those of the sample that `sample_indices` names.
-    """
-    if not isinstance(found, Mapping) or any(key not in found for key in REQUIRED):
-        came = f"keys {sorted(found)}" if isinstance(found, Mapping) else type(found).__name__
-        raise PluginError(f"{what}: returned {came}; expected a dict with {', '.join(REQUIRED)}")
-    known = {sample.index: row for sample, row in zip(samples, rows, strict=True)}
-    count = len(found["tokens"])
-    for key in (*REQUIRED, *(k for k in ("rollout_log_probs", "raw_reward", "truncated") if k in found)):
-        check_length(found[key], count, what=f'{what}: "{key}"', unit="samples")
-    made = [_converted(found, place, known, what=what) for place in range(count)]
-    return made, [float(reward) for reward in found["rewards"]]
-
-
-def _converted(found: Mapping[str, Any], place: int, known: Mapping[Any, Row], *, what: str) -> Row:
-    index, length = found["sample_indices"][place], int(found["response_lengths"][place])
-    if index not in known:
-        raise PluginError(
-            f'{what}: "sample_indices"[{place}] is {index}; expected the index of a sample it was given'
-        )
-    base = known[index]
-    tokens = np.asarray(found["tokens"][place], dtype=np.int32)
-    same = length == len(base.response)
-    given = found.get("rollout_log_probs")
-    if given is None and not same:
-        raise PluginError(
-            f"{what}: sample {index} has another response length than it was given ({length}, not "
-            f'{len(base.response)}) and no "rollout_log_probs"; return them beside the tokens'
-        )
-    logprobs = base.logprobs if given is None else np.asarray(given[place], dtype=np.float32)
-    mask = np.asarray(found["loss_masks"][place], dtype=np.uint8)
-    for name, values in (("loss_masks", mask), ("rollout_log_probs", logprobs)):
-        if values.shape != (length,):
+def numbers(values: Any, names: Sequence[str], *, what: str) -> list[float]:
+    """A list of one finite number per sample. Raises PluginError naming the sample that has none."""
+    check_length(values, len(names), what=what)
+    found = []
+    for name, value in zip(names, values, strict=True):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise PluginError(
-                f'{what}: "{name}"[{place}] has shape {list(values.shape)}; expected [{length}], its '
-                "response length"
-            )
-    oldest = base.versions.min() if len(base.versions) else 0
-    return Row(
-        name=f"{base.name}/{place}" if not same else base.name,
-        prompt=tokens[: len(tokens) - length],
-        response=tokens[len(tokens) - length :],
-        logprobs=logprobs,
-        mask=mask,
-        versions=base.versions if same else np.full(length, oldest, dtype=np.int64),
-        reward=float(found.get("raw_reward", found["rewards"])[place]),
-        group_id=base.group_id,
-        truncated=bool(found["truncated"][place]) if "truncated" in found else base.truncated,
-        sample_index=base.sample_index,
-        teacher_logprobs=base.teacher_logprobs if same else None,
-    )
+                f"{what}: sample {name} came with {described(value)}; expected a number"
+            ) from error
+        if not math.isfinite(number):
+            raise PluginError(f"{what}: sample {name} came with {number}; expected a finite number")
+        found.append(number)
+    return found
+
+
+def check_length(values: Any, expected: int, *, what: str) -> None:
+    """Raise PluginError where `values` is no list of `expected` entries."""
+    sized = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping)
+    if isinstance(values, Tensor) and values.ndim == 0:
+        sized = False
+    if not sized or len(values) != expected:
+        raise PluginError(
+            f"{what}: came with {described(values)}; expected a list of {expected}, one per sample"
+        )
+
+
+def check_binary(mask_R: Tensor, data: TokenData, *, what: str) -> None:  # noqa: N803 -- a shape suffix
+    """Raise PluginError naming a sample whose mask holds anything but 0 and 1."""
+    wrong = _first((mask_R != 0) & (mask_R != 1))
+    if wrong is not None:
+        raise PluginError(
+            f"{what}: sample {data.names[int(data.sample_R[wrong])]} has {float(mask_R[wrong]):g}; expected "
+            "0 or 1"
+        )
+
+
+def _check_finite(values_R: Tensor, data: TokenData, *, what: str) -> None:  # noqa: N803 -- a shape suffix
+    wrong = _first(~torch.isfinite(values_R) & (data.mask_R > 0))
+    if wrong is not None:
+        raise PluginError(
+            f"{what}: sample {data.names[int(data.sample_R[wrong])]} has {float(values_R[wrong])} at a token "
+            "in the loss; expected finite numbers"
+        )
+
+
+def _first(wrong_R: Tensor) -> int | None:  # noqa: N803 -- a shape suffix
+    places = wrong_R.nonzero()
+    return int(places[0]) if len(places) else None
+
+
+def described(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{kind} of shape {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict with {', '.join(map(str, value)) or 'no keys'}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, str | int | float):
+        return f"{type(value).__name__} {value!r:.40}"
+    return type(value).__name__

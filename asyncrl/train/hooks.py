@@ -20,25 +20,16 @@ from asyncrl.errors import PluginError
 from asyncrl.messages.hooks import Args, HookSample, hook_sample
 from asyncrl.messages.sample import Sample
 from asyncrl.topology.algorithm import AlgorithmConfig
-from asyncrl.topology.plugins import check_signature, load
+from asyncrl.topology.hook_kinds import ALGORITHM_HOOKS
 from asyncrl.train import hook_data
 from asyncrl.train.corrections import Corrected
+from asyncrl.train.hook_call import UserHook
+from asyncrl.train.hook_convert import converted_rows
+from asyncrl.train.hook_data import described
 from asyncrl.train.micro import MicroBatch
 from asyncrl.train.rows import Row
 from asyncrl.train.tokens import TokenData
 
-KINDS = {
-    "custom_loss_function_path": "custom_loss",
-    "custom_tis_function_path": "custom_tis",
-    "custom_pg_loss_reducer_function_path": "pg_loss_reducer",
-    "custom_advantage_function_path": "advantage",
-    "custom_reward_post_process_path": "reward_post_process",
-    "custom_convert_samples_to_train_data_path": "convert_samples",
-    "rollout_data_postprocess_path": "rollout_data_postprocess",
-    "custom_before_log_prob_hook_path": "before_log_prob",
-    "custom_before_train_step_hook_path": "before_train_step",
-}
-"""Option of [algorithm] -> kind of hook."""
 OWN = "custom/"
 """What the names of a hook's metrics begin with: none can be taken for one of ours."""
 
@@ -59,24 +50,29 @@ class TrainHooks:
         """Load and check all of them. Raises PluginError."""
         self.args = args
         self.per_token = algorithm.calculate_per_token_loss
-        found: dict[str, Callable[..., Any] | None] = dict.fromkeys(KINDS.values())
-        self._forms: dict[str, tuple[str, ...]] = {}
-        for option, kind in KINDS.items():
-            path = getattr(algorithm, option)
-            if path is not None:
-                what = f"algorithm.{option}"
-                hook: Any = load(path, what=what)
-                self._forms[kind] = check_signature(hook, kind=kind, option=what)
-                found[kind] = hook
-        self.custom_loss = found["custom_loss"]
-        self.custom_tis = found["custom_tis"]
-        self.pg_loss_reducer = found["pg_loss_reducer"]
-        self.advantage = found["advantage"]
-        self.reward_post_process = found["reward_post_process"]
-        self.convert_samples = found["convert_samples"]
-        self.rollout_data_postprocess = found["rollout_data_postprocess"]
-        self.before_log_prob = found["before_log_prob"]
-        self.before_train_step = found["before_train_step"]
+        found: dict[str, UserHook] = {
+            kind: UserHook(path, kind=kind, option=f"algorithm.{option}")
+            for option, kind in ALGORITHM_HOOKS.items()
+            if (path := getattr(algorithm, option)) is not None
+        }
+        self.custom_loss = found.get("custom_loss")
+        self.custom_tis = found.get("custom_tis")
+        self.pg_loss_reducer = found.get("pg_loss_reducer")
+        self.advantage = found.get("advantage")
+        self.reward_post_process = found.get("reward_post_process")
+        self.convert_samples = found.get("convert_samples")
+        self.rollout_data_postprocess = found.get("rollout_data_postprocess")
+        self.before_log_prob = found.get("before_log_prob")
+        self.before_train_step = found.get("before_train_step")
+        self._metric_names: dict[str, list[str]] = {}
+        """Of the optimizer step's first micro-batch, by option."""
+        post = self.rollout_data_postprocess
+        if post is not None and post.form == ("args", "samples") and self.convert_samples is not None:
+            raise PluginError(
+                f"{post.option}: (args, samples) sees samples as they were generated, but "
+                f"{self.convert_samples.option} makes others of them; write it as (args, rollout_id, "
+                "rollout_data)"
+            )
 
     @property
     def see_log_probs(self) -> bool:
@@ -99,25 +95,28 @@ class TrainHooks:
         self, samples: Sequence[HookSample], rows: Sequence[Row]
     ) -> tuple[list[Row], list[float]] | None:
         """Rows and rewards as the convert-samples hook makes them."""
-        if self.convert_samples is None:
+        hook = self.convert_samples
+        if hook is None:
             return None
-        what = "algorithm.custom_convert_samples_to_train_data_path"
-        found = self.convert_samples(self.args, list(samples))
-        return hook_data.converted_rows(found, rows, samples, what=what)
+        # Before the call: a hook may give its own copies other indices.
+        known = {int(sample.index or 0): row for sample, row in zip(samples, rows, strict=True)}
+        return converted_rows(hook(self.args, list(samples)), known, what=hook.option)
 
     def post_processed(self, samples: Sequence[HookSample]) -> tuple[list[float], list[float]] | None:
         """(raw rewards, rewards to train on), one each per sample."""
-        if self.reward_post_process is None:
+        hook = self.reward_post_process
+        if hook is None:
             return None
-        what = "algorithm.custom_reward_post_process_path"
-        found = self.reward_post_process(self.args, list(samples))
+        names = [str(sample.session_id).replace("-", ".") for sample in samples]
+        found = hook(self.args, list(samples))
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise PluginError(
-                f"{what}: returned {type(found).__name__}; expected the pair (raw_rewards, rewards)"
+                f"{hook.option}: returned {described(found)}; expected the pair (raw_rewards, rewards)"
             )
-        for values, name in zip(found, ("raw_rewards", "rewards"), strict=True):
-            hook_data.check_length(values, len(samples), what=f"{what}: {name}", unit="samples")
-        raw, rewards = ([float(value) for value in values] for values in found)
+        raw, rewards = (
+            hook_data.numbers(values, names, what=f"{hook.option}: {name}")
+            for values, name in zip(found, ("raw_rewards", "rewards"), strict=True)
+        )
         return raw, rewards
 
     # Around the forward passes.
@@ -129,41 +128,40 @@ class TrainHooks:
 
     def set_advantages(self, data: TokenData, rows: Sequence[Row]) -> None:
         """Let the advantage function set advantages and returns."""
-        assert self.advantage is not None, "asked only where it is set"
+        hook = self.advantage
+        assert hook is not None, "asked only where it is set"
         batch = hook_data.rollout_data(data, rows)
-        self.advantage(self.args, batch)
-        what = "algorithm.custom_advantage_function_path"
-        hook_data.read_back(data, batch, what=what, required=("advantages", "returns"))
+        _check_in_place(hook(self.args, batch), batch, what=hook.option)
+        hook_data.read_back(data, batch, what=hook.option, required=("advantages", "returns"))
 
     def post_process(
         self, data: TokenData, rows: Sequence[Row], samples: list[list[HookSample]], *, rollout_step: int
     ) -> None:
         """Run the rollout-data hook in the form it has, and take over what it changed."""
-        if self.rollout_data_postprocess is None:
+        hook = self.rollout_data_postprocess
+        if hook is None:
             return
-        form = self._forms["rollout_data_postprocess"]
-        if form == ("args",):
-            self.rollout_data_postprocess(self.args)
-        elif form == ("args", "samples"):
-            self._post_process_samples(data, samples)
+        if hook.form == ("args",):
+            hook(self.args)
+        elif hook.form == ("args", "samples"):
+            self._post_process_samples(hook, data, samples)
         else:
             batch = hook_data.rollout_data(data, rows)
-            self.rollout_data_postprocess(self.args, rollout_step, batch)
-            hook_data.read_back(data, batch, what="algorithm.rollout_data_postprocess_path")
+            _check_in_place(hook(self.args, rollout_step, batch), batch, what=hook.option)
+            hook_data.read_back(data, batch, what=hook.option)
 
-    def _post_process_samples(self, data: TokenData, samples: list[list[HookSample]]) -> None:
+    def _post_process_samples(self, hook: UserHook, data: TokenData, samples: list[list[HookSample]]) -> None:
         flat = [sample for group in samples for sample in group]
-        what = "algorithm.rollout_data_postprocess_path"
-        hook_data.check_length(flat, data.num_samples, what=what, unit="samples")
         if data.old_R is not None:
             for sample, logprobs in zip(flat, data.split(data.old_R), strict=True):
                 sample.log_probs = logprobs.tolist()  # type: ignore[attr-defined]
-        assert self.rollout_data_postprocess is not None
-        self.rollout_data_postprocess(self.args, samples)
+        hook(self.args, samples)
         masks = [
             [0] * sample.response_length if sample.remove_sample else _mask_of(sample) for sample in flat
         ]
-        data.mask_R = hook_data.joined(masks, data, what=f"{what}: loss_mask")
+        what = f"{hook.option}: sample.loss_mask"
+        data.mask_R = hook_data.joined(masks, data, what=what)
+        hook_data.check_binary(data.mask_R, data, what=what)
 
     # Per micro-batch and per optimizer step.
 
@@ -171,6 +169,7 @@ class TrainHooks:
         self, *, rollout_step: int, step_index: int, model: Any, optimizer: Any, scheduler: Any
     ) -> None:
         """Gradients are zero, the optimizer step begins; `step_index` counts within the rollout step."""
+        self._metric_names.clear()
         if self.before_train_step is not None:
             self.before_train_step(self.args, rollout_step, step_index, model, optimizer, scheduler)
 
@@ -178,16 +177,24 @@ class TrainHooks:
         self, logits_TV: Tensor, tokens: TokenData, micro: MicroBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The custom loss as this micro-batch's share of the step's, and its metrics."""
-        assert self.custom_loss is not None, "asked only where it is set"
-        what = "algorithm.custom_loss_function_path"
+        hook = self.custom_loss
+        assert hook is not None, "asked only where it is set"
         batch = hook_data.loss_batch(tokens, micro)
-        found = self.custom_loss(self.args, batch, logits_TV[None], self._reducer(tokens))
-        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
-            raise PluginError(f"{what}: returned {_shape(found)}; expected (loss, dict of metrics)")
+        found = hook(self.args, batch, logits_TV[None], self._reducer(tokens))
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise PluginError(f"{hook.option}: returned {described(found)}; expected (loss, dict of metrics)")
         loss, metrics = found
-        _check_scalar(loss, what=what)
-        shares = {name: torch.as_tensor(value) / tokens.step_divisor for name, value in metrics.items()}
-        return loss / tokens.step_divisor, {f"{OWN}{name}": value.detach() for name, value in shares.items()}
+        _check_scalar(loss, what=hook.option)
+        _check_gradient(loss, logits_TV, of="the loss", source="logits", what=hook.option)
+        self._check_metrics(metrics, what=hook.option)
+        shares = {}
+        for name, value in metrics.items():
+            what = f'{hook.option}: metric "{name}"'
+            number = hook_data.tensor_of(value, what=what).to(tokens.weight_R)
+            if number.numel() != 1:
+                raise PluginError(f"{what} came as {described(value)}; expected one number")
+            shares[f"{OWN}{name}"] = number.reshape(()) / tokens.step_divisor
+        return loss.reshape(()) / tokens.step_divisor, shares
 
     def _reducer(self, tokens: TokenData) -> Callable[[Tensor], Tensor]:
         """Slime's sum_of_sample_mean (or sum_of_token)."""
@@ -196,65 +203,105 @@ class TrainHooks:
 
     def correct(self, loss_R: Tensor, tokens: TokenData, *, trainer_R: Tensor) -> Corrected:
         """The custom TIS function's loss, masks and metrics."""
-        assert self.custom_tis is not None, "asked only where it is set"
-        what = "algorithm.custom_tis_function_path"
-        lengths = [len(part) for part in tokens.split(tokens.mask_R)]
-        found = self.custom_tis(
+        hook = self.custom_tis
+        assert hook is not None, "asked only where it is set"
+        masks = hook_data.masks_of(tokens, tokens.mask_R)
+        found = hook(
             self.args,
             pg_loss=loss_R,
-            train_log_probs=tokens.split(trainer_R),
-            rollout_log_probs=tokens.split(tokens.rollout_R),
-            loss_masks=tokens.split(tokens.mask_R),
-            total_lengths=tokens.lengths,
-            response_lengths=lengths,
+            train_log_probs=hook_data.copies(tokens, trainer_R),
+            rollout_log_probs=hook_data.copies(tokens, tokens.rollout_R),
+            loss_masks=masks,
+            total_lengths=list(tokens.lengths),
+            response_lengths=[len(mask_R) for mask_R in masks],
         )
         if not isinstance(found, tuple) or len(found) != 3:
-            raise PluginError(f"{what}: returned {_shape(found)}; expected (pg_loss, masks, dict of metrics)")
+            raise PluginError(
+                f"{hook.option}: returned {described(found)}; expected (pg_loss, masks, dict of metrics)"
+            )
         pg_loss_R, masks, metrics = found
-        if _shape(pg_loss_R) != _shape(loss_R):
-            raise PluginError(f"{what}: pg_loss came as {_shape(pg_loss_R)}; expected {_shape(loss_R)}")
-        masks_R = hook_data.joined(masks, tokens, what=f"{what}: masks")
+        if not isinstance(pg_loss_R, Tensor) or pg_loss_R.shape != loss_R.shape:
+            raise PluginError(
+                f"{hook.option}: pg_loss came as {described(pg_loss_R)}; expected "
+                f"{described(loss_R)}, one value per response token"
+            )
+        _check_gradient(pg_loss_R, loss_R, of="pg_loss", source="the pg_loss it was given", what=hook.option)
+        self._check_metrics(metrics, what=hook.option)
+        masks_R = hook_data.joined(masks, tokens, what=f"{hook.option}: masks")
         keep_R = torch.where(tokens.mask_R > 0, masks_R, 1.0)
-        reduced = {f"{OWN}{name}": self._metric(value, tokens, what=what) for name, value in metrics.items()}
+        hook_data.check_binary(keep_R, tokens, what=f"{hook.option}: masks")
+        what = f"{hook.option}: metric"
+        reduced = {
+            f"{OWN}{name}": self._metric(value, tokens, what=f'{what} "{name}"')
+            for name, value in metrics.items()
+        }
         return Corrected(pg_loss_R, keep_R, reduced)
 
     def _metric(self, value: Any, tokens: TokenData, *, what: str) -> Tensor:
         """A metric per token (a tensor or a list per sample), or a number for the micro-batch."""
         if isinstance(value, list | tuple):
-            value = hook_data.joined(value, tokens, what=what)
-        value = torch.as_tensor(value).detach().to(tokens.weight_R)
-        if value.shape == tokens.weight_R.shape:
-            return weighted_sum(value, weights_R=tokens.weight_R)
-        return value.mean() * tokens.num_samples / tokens.num_step_samples
+            value_R = hook_data.joined(value, tokens, what=what)
+        else:
+            value_R = hook_data.tensor_of(value, what=what).to(tokens.weight_R)
+        if value_R.shape == tokens.weight_R.shape:
+            return weighted_sum(value_R, weights_R=tokens.weight_R)
+        if value_R.numel() == 1:
+            return value_R.reshape(()) * tokens.num_samples / tokens.num_step_samples
+        raise PluginError(
+            f"{what} came as {described(value)}; expected one number, one per response token "
+            f"[{len(tokens.weight_R)}], or a list of {tokens.num_samples} tensors, one per sample"
+        )
+
+    def _check_metrics(self, metrics: Any, *, what: str) -> None:
+        """Metrics are summed over the micro-batches of a step, so each of them must have the same ones."""
+        if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+            raise PluginError(f"{what}: the metrics came as {described(metrics)}; expected a dict by name")
+        names = sorted(metrics)
+        first = self._metric_names.setdefault(what, names)
+        if names != first:
+            raise PluginError(
+                f"{what}: metrics {', '.join(names) or 'none'} came for one micro-batch and "
+                f"{', '.join(first) or 'none'} for another of the same optimizer step; expected the same"
+            )
 
     def reduce(self, loss_R: Tensor, tokens: TokenData, *, keep_R: Tensor) -> Tensor:
         """The policy loss by the custom reducer, as this micro-batch's share of the step's."""
-        assert self.pg_loss_reducer is not None, "asked only where it is set"
-        what = "algorithm.custom_pg_loss_reducer_function_path"
-        masks = tokens.split(tokens.mask_R * keep_R)
-        lengths = [len(mask_R) for mask_R in masks]
-        reducer = self.pg_loss_reducer(tokens.lengths, lengths, masks, self.per_token)
+        hook = self.pg_loss_reducer
+        assert hook is not None, "asked only where it is set"
+        mask_R = tokens.mask_R * keep_R
+        masks = hook_data.masks_of(tokens, mask_R)
+        reducer = hook(list(tokens.lengths), [len(mask) for mask in masks], masks, self.per_token)
         if not callable(reducer):
             raise PluginError(
-                f"{what}: returned {_shape(reducer)}; expected a function of the loss per token"
+                f"{hook.option}: returned {described(reducer)}; expected a function of the loss per token"
             )
-        loss: Tensor = reducer(loss_R)
-        _check_scalar(loss, what=what)
-        return loss / tokens.step_divisor
+        # A masked token's loss may be anything, and a reducer that multiplies by the mask keeps a NaN.
+        loss = hook.run(reducer, torch.where(mask_R > 0, loss_R, 0.0))
+        _check_scalar(loss, what=hook.option)
+        _check_gradient(loss, loss_R, of="the loss", source="the loss per token", what=hook.option)
+        reduced: Tensor = loss.reshape(()) / tokens.step_divisor
+        return reduced
 
 
 def _mask_of(sample: HookSample) -> list[int]:
     return [1] * sample.response_length if sample.loss_mask is None else list(sample.loss_mask)
 
 
+def _check_in_place(returned: Any, batch: dict[str, Any], *, what: str) -> None:
+    """A hook that returns another dictionary expects it to be used; nobody would."""
+    if isinstance(returned, Mapping) and returned is not batch:
+        raise PluginError(
+            f"{what}: returned {described(returned)}; expected None, with rollout_data changed in place"
+        )
+
+
 def _check_scalar(value: Any, *, what: str) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise PluginError(f"{what}: the loss came as {_shape(value)}; expected a tensor of one number")
+        raise PluginError(f"{what}: the loss came as {described(value)}; expected a tensor of one number")
 
 
-def _shape(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"
-    return type(value).__name__
+def _check_gradient(value: Tensor, given: Tensor, *, of: str, source: str, what: str) -> None:
+    if given.requires_grad and not value.requires_grad:
+        raise PluginError(
+            f"{what}: {of} has no gradient; compute it from {source}, without detach(), item() or no_grad()"
+        )

@@ -24,6 +24,11 @@ Backward = Callable[[MicroBatch], dict[str, Tensor]]
 """Runs loss and backward of a micro-batch; returns its share of the step's metrics, "loss" among them."""
 
 
+FINITE = {"loss": "the loss is", "rollout_log_probs": "the mean of the engine's log-probs is"}
+"""Metrics without which nothing can be learned from a step. An importance ratio of a NaN counts as 1, so the
+engine's log-probs would not show in the loss."""
+
+
 class Update(NamedTuple):
     """What an optimizer step did."""
 
@@ -67,7 +72,14 @@ class Learner:
             before()
         totals = self._totals([backward(micro) for micro in micros])
         with self._phases("optimizer"):
-            problem = None if torch.isfinite(totals["loss"]) else f"the loss is {totals['loss'].item()}"
+            problem = next(
+                (
+                    f"{words} {totals[name].item()}"
+                    for name, words in FINITE.items()
+                    if _is_broken(totals, name)
+                ),
+                None,
+            )
             if problem is None:
                 self._ranks.sum_gradients(self._parameters.values())
                 totals["grad_norm"] = self.optimizer.clip()
@@ -95,3 +107,7 @@ class Learner:
             summed = self._ranks.sum_(torch.stack([value.double() for value in totals.values()]))
             totals = dict(zip(totals, summed, strict=True))
         return totals
+
+
+def _is_broken(totals: Mapping[str, Tensor], name: str) -> bool:
+    return name in totals and not torch.isfinite(totals[name])

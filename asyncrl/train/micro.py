@@ -6,7 +6,7 @@ Shape letters: T tokens of a micro-batch (prompts and responses, sample after sa
 N tokens of the whole batch in recorded order.
 """
 
-# ruff: noqa: N815 -- tensors carry shape suffixes
+# ruff: noqa: N803, N806, N815 -- tensors carry shape suffixes
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from asyncrl.train.attention import Segments, plan_segments
 from asyncrl.train.rows import Row
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +76,15 @@ class Layout:
 
     def __init__(self, rows: Sequence[Row], *, pad_multiple: int = 1) -> None:
         """`pad_multiple` rounds the tokens of every micro-batch up (Miles: data_pad_size_multiplier)."""
-        self._rows = list(rows)
+        self._names = [row.name for row in rows]
         self._pad_multiple = pad_multiple
-        self.token_starts = np.cumsum([0, *(row.num_tokens for row in rows)])
-        self.response_starts = np.cumsum([0, *(len(row.response) for row in rows)])
+        self._prompts_S = np.array([len(row.prompt) for row in rows], np.int64)
+        self._responses_S = np.array([len(row.response) for row in rows], np.int64)
+        self._lengths_S = self._prompts_S + self._responses_S
+        self.token_starts = np.concatenate(([0], self._lengths_S.cumsum()))
+        self.response_starts = np.concatenate(([0], self._responses_S.cumsum()))
+        self._input_N = _joined([part for row in rows for part in (row.prompt, row.response)])
+        self._target_N = _joined([row.response for row in rows])
 
     @property
     def num_tokens(self) -> int:
@@ -86,38 +93,38 @@ class Layout:
 
     def micro_batch(self, members: Sequence[int]) -> MicroBatch:
         """The micro-batch of these samples, in this order."""
-        rows = [self._rows[i] for i in members]
-        lengths = [row.num_tokens for row in rows]
-        starts = np.cumsum([0, *lengths])
-        padding = -int(starts[-1]) % self._pad_multiple
-        pad = [np.zeros(padding, np.int64)] if padding else []
-        lengths += [padding] if padding else []
-        responses = [len(row.response) for row in rows]
+        index_S = np.array(members, np.int64)
+        lengths_S, responses_S = self._lengths_S[index_S], self._responses_S[index_S]
+        ends_S = lengths_S.cumsum()
+        padding = -int(ends_S[-1]) % self._pad_multiple
+        place_T = _ranges(self.token_starts[index_S], lengths_S)
+        token_R = _ranges(self.response_starts[index_S], responses_S)
+        lengths = [*lengths_S.tolist(), padding] if padding else lengths_S.tolist()
         return MicroBatch(
-            names=[row.name for row in rows],
+            names=[self._names[i] for i in members],
             members=list(members),
             lengths=lengths,
             segments=plan_segments(lengths),
-            input_T=_integers([part for row in rows for part in (row.prompt, row.response)] + pad),
-            position_T=_integers([np.arange(length) for length in lengths]),
-            place_T=_integers(
-                [self.token_starts[i] + np.arange(self._rows[i].num_tokens) for i in members]
-                + [np.full(padding, self.num_tokens)]
-            ),
+            input_T=_tensor(self._input_N[place_T], np.zeros(padding, np.int64)),
+            position_T=_tensor(_ranges(np.zeros_like(lengths_S), lengths_S), np.arange(padding)),
+            place_T=_tensor(place_T, np.full(padding, self.num_tokens)),
             # Logits at a position predict the next token, so a response is read one position early.
-            predict_R=_integers(
-                [
-                    start + len(row.prompt) - 1 + np.arange(len(row.response))
-                    for start, row in zip(starts, rows, strict=False)
-                ]
-            ),
-            target_R=_integers([row.response for row in rows]),
-            sample_R=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(responses)),
-            token_R=_integers(
-                [self.response_starts[i] + np.arange(len(self._rows[i].response)) for i in members]
-            ),
+            predict_R=_tensor(_ranges(ends_S - responses_S - 1, responses_S)),
+            target_R=_tensor(self._target_N[token_R]),
+            sample_R=_tensor(np.repeat(np.arange(len(members)), responses_S)),
+            token_R=_tensor(token_R),
         )
 
 
-def _integers(parts: list[np.ndarray[Any, Any]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(torch.int64)
+def _ranges(starts_S: Integers, lengths_S: Integers) -> Integers:
+    """start, start + 1, ... of each length, laid end to end; a few calls however many there are."""
+    before_S = lengths_S.cumsum() - lengths_S
+    return np.repeat(starts_S - before_S, lengths_S) + np.arange(int(lengths_S.sum()))
+
+
+def _joined(parts: list[Integers]) -> Integers:
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _tensor(values: Integers, padding: Integers | None = None) -> Tensor:
+    return torch.from_numpy(values if padding is None or not len(padding) else np.append(values, padding))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algo.loss import TokenStatistics
+from asyncrl.train.advantages import distils
 from asyncrl.train.backend import TrainPlan
 from asyncrl.train.forward import response_statistics, row_logits
 from asyncrl.train.hooks import TrainHooks
@@ -144,7 +145,7 @@ def needs_old_logprobs(plan: TrainPlan, *, num_steps: int, dropout: bool, hooks:
         return False
     before_training = (
         algorithm.kl_coef != 0 and not algorithm.use_rollout_logprobs,
-        algorithm.use_opd or algorithm.advantage_estimator == "on_policy_distillation",
+        distils(algorithm),
         algorithm.tis_batch_normalize,
         trainer.keep_old_actor,
         hooks.see_log_probs,

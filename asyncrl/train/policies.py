@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.errors import ConfigError
+from asyncrl.train.advantages import distils
 from asyncrl.train.backend import TrainPlan
 from asyncrl.train.model import load_model, unique_weights
 from asyncrl.train.objective import needs_reference
@@ -28,9 +29,7 @@ Tensors = dict[str, Tensor]
 
 def needs_teacher(plan: TrainPlan) -> bool:
     """Whether a frozen teacher runs in the trainer."""
-    algorithm = plan.algorithm
-    distils = algorithm.use_opd or algorithm.advantage_estimator == "on_policy_distillation"
-    return distils and algorithm.opd_type == "model"
+    return distils(plan.algorithm) and plan.algorithm.opd_type == "model"
 
 
 class Policies:
@@ -45,8 +44,14 @@ class Policies:
         self.reference = self._frozen(reference, "trainer.ref_load") if needs_reference(algorithm) else None
         self.teacher = self._frozen(teacher, "algorithm.opd_teacher_load") if needs_teacher(plan) else None
         self.old_actor = self._frozen(None, "") if trainer.keep_old_actor else None
+        if self.reference is not None:
+            check_same_vocabulary(self.reference, actor, option="trainer.ref_load")
+            if trainer.ref_update_interval is not None:
+                check_same_shape(self.reference, actor)
         if self.teacher is not None:
-            check_same_vocabulary(self.teacher, actor)
+            check_same_vocabulary(self.teacher, actor, option="algorithm.opd_teacher_load")
+        # Every rollout step is pushed then, so these are the weights of the actor whenever it rests, and a
+        # restored actor's too: no checkpoint needs them.
         self._published: Tensors = _copy(actor) if self._is_queue else {}
         if self.old_actor is not None:
             _become(self.old_actor, unique_weights(actor))
@@ -84,8 +89,6 @@ class Policies:
             state["reference"] = unique_weights(self.reference)
         if self.old_actor is not None:
             state["old_actor"] = unique_weights(self.old_actor)
-        if self._is_queue:
-            state["published_actor"] = self._published
         return state
 
     def load_state(self, state: Mapping[str, Tensors]) -> None:
@@ -94,8 +97,6 @@ class Policies:
             _become(self.reference, state["reference"])
         if "old_actor" in state and self.old_actor is not None:
             _become(self.old_actor, state["old_actor"])
-        if "published_actor" in state and self._is_queue:
-            self._published = {name: tensor.clone() for name, tensor in state["published_actor"].items()}
 
 
 @torch.no_grad()
@@ -109,11 +110,24 @@ def _copy(model: Any) -> Tensors:
     return {name: tensor.detach().clone() for name, tensor in unique_weights(model).items()}
 
 
-def check_same_vocabulary(teacher: Any, actor: Any) -> None:
-    """Raise ConfigError when the teacher reads other tokens than the actor writes."""
-    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (actor, teacher))
+def check_same_vocabulary(model: Any, actor: Any, *, option: str) -> None:
+    """Raise ConfigError, naming `option`, when a model reads other tokens than the actor writes."""
+    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (actor, model))
     if ours != theirs:
         raise ConfigError(
-            f"algorithm.opd_teacher_load: the teacher has {theirs} tokens in its vocabulary, the model in "
-            f"training {ours}; distillation compares log-probs of the same tokens: both need one tokenizer"
+            f"{option}: the model there has {theirs} tokens in its vocabulary, the one in training {ours}; "
+            "log-probs are compared token by token: both need one tokenizer"
+        )
+
+
+def check_same_shape(reference: Any, actor: Any) -> None:
+    """Raise ConfigError when the reference cannot become a copy of the actor."""
+    ours, theirs = (
+        {name: tensor.shape for name, tensor in unique_weights(model).items()} for model in (actor, reference)
+    )
+    if ours != theirs:
+        raise ConfigError(
+            "trainer.ref_update_interval: the model of trainer.ref_load has other weights than the one in "
+            "training, so it cannot become a copy of it; leave ref_update_interval out, or name a reference "
+            "of the same architecture"
         )

@@ -9,12 +9,15 @@ Invariant: every rank calls every collective, in the same order: nothing here de
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
+
+BUCKET_NUMBERS = 1 << 22
+"""Gradients summed by one collective, unless one parameter has more."""
 
 
 class Ranks(NamedTuple):
@@ -36,13 +39,39 @@ class Ranks(NamedTuple):
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum gradients over ranks; one that a rank did not touch counts as 0."""
-        if self.size == 1:
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over ranks; one that a rank did not touch counts as 0.
+
+        A parameter that no rank touched keeps no gradient, as on one rank: the optimizer leaves it alone
+        instead of decaying it.
+        """
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if self.size == 1 or not trained:
             return
-        for parameter in parameters:
-            if not parameter.requires_grad:
+        touched = [float(parameter.grad is not None) for parameter in trained]
+        counts = self.sum_(torch.tensor(touched, device=trained[0].device)).tolist()
+        waiting: list[Tensor] = []
+        for parameter, count in zip(trained, counts, strict=True):
+            if not count:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
+            waiting.append(parameter.grad)
+        for bucket in _buckets(waiting):
+            flat = self.sum_(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one type, up to BUCKET_NUMBERS: a collective has a cost of its own."""
+    bucket: list[Tensor] = []
+    numbers = 0
+    for tensor in tensors:
+        if bucket and (numbers + tensor.numel() > BUCKET_NUMBERS or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, numbers = [], 0
+        bucket.append(tensor)
+        numbers += tensor.numel()
+    if bucket:
+        yield bucket

@@ -37,7 +37,7 @@ class Row:
     sample_index: int = 0
     """Its ordinal in the run where the group's size is known, else its position in the group."""
     teacher_logprobs: np.ndarray[Any, Any] | None = None
-    """float32, the teacher's log-prob of each response token, where a reward worker asked it."""
+    """float32, the teacher's log-prob of each response token, where its score has them."""
     routed_experts: np.ndarray[Any, Any] | None = None
     """int16 [P + R - 1, L, K], the engine's experts; None where nobody recorded them."""
 
@@ -95,7 +95,7 @@ def decode(sample: Sample, *, group_size: int = 0) -> Row:
 
 def _teacher(sample: Sample, *, name: str) -> np.ndarray[Any, Any] | None:
     assert sample.score is not None, "only scored samples get here"
-    if not sample.score.teacher_logprobs:
+    if not sample.score.teacher_logprobs and sample.num_tokens:
         return None
     teacher = logprobs_of(sample.score.teacher_logprobs)
     if len(teacher) != sample.num_tokens:
@@ -104,6 +104,17 @@ def _teacher(sample: Sample, *, name: str) -> np.ndarray[Any, Any] | None:
             "reward must give one per token"
         )
     return teacher
+
+
+def require_teacher(rows: Sequence[Row]) -> None:
+    """Raise DataError naming the first sample without teacher log-probs."""
+    without = [row.name for row in rows if row.teacher_logprobs is None]
+    if without:
+        raise DataError(
+            f"sample {without[0]}: has no teacher log-probs, like {len(without)} of {len(rows)} samples of "
+            'the batch; algorithm.opd_type = "engine" distils from them: set teacher_url in every [[reward]] '
+            "table, or let your reward function set sample.teacher_log_probs"
+        )
 
 
 def data_metrics(rows: list[Row], rewards: list[float]) -> dict[str, float]:

@@ -61,8 +61,7 @@ class RolloutStep:
 
     def train(self, prepared: PreparedBatch, *, rollout_step: int) -> dict[str, float]:
         """Train the batch; metrics by public name."""
-        # A copy: the same prepared batch may be trained again.
-        data = replace(prepared.data).to(self.device)
+        data = prepared.data.copy_to(self.device)
         moved = {
             id(micro): micro.to(self.device)
             for micro in (*prepared.forwards, *(micro for step in prepared.steps for micro in step.micros))
@@ -213,13 +212,18 @@ class RolloutStep:
     def _broken_samples(
         self, learner: Learner, backward: Backward, prepared: PreparedBatch, step: Step
     ) -> str:
-        mine = [member for micro in step.micros for member in micro.members]
-        causes = [cause for i in mine if (cause := prepared.rows[i].defect()) is not None]
+        """Every rank tells the same: each looks at its own samples, and they share what they found."""
+        rows = prepared.rows
+        causes = [cause for i in step.samples if (cause := rows[i].defect()) is not None]
         if causes:
             return f"samples {', '.join(causes)}"
-        alone = {prepared.rows[i].name: prepared.layout.micro_batch([i]).to(self.device) for i in mine}
-        broken = [name for name, micro in alone.items() if not learner.is_finite(micro, backward)]
-        return f"samples {', '.join(broken)}" if broken else f"samples {', '.join(alone)} together"
+        broken_S = torch.zeros(len(rows), device=self.device)
+        for i in (member for micro in step.micros for member in micro.members):
+            micro = prepared.layout.micro_batch([i]).to(self.device)
+            broken_S[i] = float(not learner.is_finite(micro, backward))
+        broken = self.ranks.sum_(broken_S).nonzero().flatten().tolist()
+        names = [rows[i].name for i in broken or step.samples]
+        return f"samples {', '.join(names)}{'' if broken else ' together'}"
 
 
 @dataclass(frozen=True, kw_only=True)

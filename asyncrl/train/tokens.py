@@ -14,7 +14,7 @@ Invariant: weights come from the loss mask as it was recorded; `keep_R` only tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ class TokenData:
     """The trainer's log-prob at the start of the rollout step."""
     reference_R: Tensor | None = None
     teacher_R: Tensor | None = None
+    """The teacher's log-prob: recorded, where every sample's score has them, or a frozen model's."""
     value_R: Tensor | None = None
     """The critic's value before the token, at the start of the rollout step."""
     kl_R: Tensor | None = None
@@ -79,12 +80,14 @@ class TokenData:
         """N."""
         return sum(self.lengths)
 
-    def to(self, device: torch.device) -> TokenData:
-        """Move every tensor, in place; returns itself."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-        return self
+    def copy_to(self, device: torch.device) -> TokenData:
+        """A copy on a device; what a rollout step and its hooks do to it leaves this one as it is."""
+        moved: dict[str, Any] = {
+            name: value.to(device, copy=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def take(self, micro: MicroBatch) -> TokenData:
         """The tokens of a micro-batch, with its samples numbered from 0."""
@@ -137,8 +140,10 @@ class TokenData:
     def sample_advantages(self) -> Tensor:
         """One advantage per sample [S], the masked mean of its tokens'."""
         assert self.advantage_R is not None, "advantages are computed before any loss"
+        # What a hook or a missing log-prob left at a masked token is in no mean, NaN included.
+        counted_R = torch.where(self.mask_R > 0, self.advantage_R, 0.0)
         return sample_means(
-            self.advantage_R, mask_R=self.mask_R, sample_R=self.sample_R, num_samples=self.num_samples
+            counted_R, mask_R=self.mask_R, sample_R=self.sample_R, num_samples=self.num_samples
         )
 
 

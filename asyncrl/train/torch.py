@@ -146,7 +146,9 @@ class TorchBackend:
         return digest_of(self.weights())
 
     def save(self, directory: Path, *, rollout_step: int) -> Path:
-        """Write `directory`/step-NNNNNN; see checkpoint."""
+        """Write `directory`/step-NNNNNN, on the first rank; see checkpoint."""
+        if self._ranks.rank != 0:
+            return directory / checkpoint.name_of(rollout_step)
         actor, critic = self._rollout.actor, self._rollout.critic
         return checkpoint.save(
             directory,

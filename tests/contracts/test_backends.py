@@ -224,6 +224,15 @@ def test_numbers_that_are_not_stop_the_run_by_name_or_skip_the_step(
     assert same_bits(before, snapshot(skipping))
 
 
+def test_a_log_prob_of_the_engine_that_is_nan_is_named(model_dir: Path, options: dict[str, Any]) -> None:
+    backend = loaded(model_dir, options, algorithm={"use_tis": True})
+    groups = make_groups()
+    sample = groups[1][2]
+    sample.logprobs = pack_logprobs([math.nan] * sample.num_tokens)
+    with pytest.raises(NumericsError, match=r"engine's log-probs is nan: samples 1\.2 \(log-probs of the"):
+        backend.train(backend.prepare(groups), rollout_step=0)
+
+
 def test_malformed_samples_are_refused_by_name(model_dir: Path, options: dict[str, Any]) -> None:
     backend = loaded(model_dir, options)
     short, unscored = make_groups(), make_groups()
