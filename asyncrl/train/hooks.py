@@ -193,7 +193,7 @@ class TrainHooks:
             number = hook_data.tensor_of(value, what=what).to(tokens.weight_R)
             if number.numel() != 1:
                 raise PluginError(f"{what} came as {described(value)}; expected one number")
-            shares[f"{OWN}{name}"] = number.reshape(()) / tokens.step_divisor
+            shares[_own(name)] = number.reshape(()) / tokens.step_divisor
         return loss.reshape(()) / tokens.step_divisor, shares
 
     def _reducer(self, tokens: TokenData) -> Callable[[Tensor], Tensor]:
@@ -232,7 +232,7 @@ class TrainHooks:
         hook_data.check_binary(keep_R, tokens, what=f"{hook.option}: masks")
         what = f"{hook.option}: metric"
         reduced = {
-            f"{OWN}{name}": self._metric(value, tokens, what=f'{what} "{name}"')
+            _own(name): self._metric(value, tokens, what=f'{what} "{name}"')
             for name, value in metrics.items()
         }
         return Corrected(pg_loss_R, keep_R, reduced)
@@ -281,6 +281,11 @@ class TrainHooks:
         _check_gradient(loss, loss_R, of="the loss", source="the loss per token", what=hook.option)
         reduced: Tensor = loss.reshape(()) / tokens.step_divisor
         return reduced
+
+
+def _own(name: str) -> str:
+    """The public name of a hook's metric; a slash in it would make a family of its own."""
+    return f"{OWN}{name.replace('/', '.')}"
 
 
 def _mask_of(sample: HookSample) -> list[int]:
