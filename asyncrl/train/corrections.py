@@ -6,10 +6,10 @@ tokens out of its numerator; it never touches the KL term, the entropy, or a den
 Shape letters: R response tokens of a micro-batch, S its samples.
 """
 
-# ruff: noqa: N803, N806, N815 -- tensors carry shape suffixes
+# ruff: noqa: N803, N806 -- tensors carry shape suffixes
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +18,8 @@ from asyncrl.algo.correction import off_policy_sequence_mask
 from asyncrl.algo.importance import Correction, decoupled_weights, importance_weights, rejection
 from asyncrl.algo.segment import weighted_sum
 from asyncrl.topology.algorithm import AlgorithmConfig, rejection_bounds
+from asyncrl.train.hooks import Corrected, TrainHooks
 from asyncrl.train.tokens import TokenData
-
-if TYPE_CHECKING:
-    from asyncrl.train.hooks import TrainHooks
-
-
-class Corrected(NamedTuple):
-    """The surrogate after all corrections."""
-
-    loss_R: Tensor
-    """Weighted, and 0 where a token was taken out."""
-    keep_R: Tensor
-    """1.0 where the token is still in the policy loss, by the corrections alone."""
-    metrics: dict[str, Tensor]
-    """Scalars: this micro-batch's share of the optimizer step's."""
 
 
 def corrected(

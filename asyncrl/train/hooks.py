@@ -6,7 +6,7 @@ Owns their loading and the shape of every call and answer. A hook sees dictionar
 Shape letters: R response tokens of a micro-batch or of the batch, S its samples, T tokens, V vocabulary.
 """
 
-# ruff: noqa: N803, N806 -- tensors carry shape suffixes
+# ruff: noqa: N803, N806, N815 -- tensors carry shape suffixes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,6 @@ from asyncrl.messages.sample import Sample
 from asyncrl.topology.algorithm import AlgorithmConfig
 from asyncrl.topology.hook_kinds import ALGORITHM_HOOKS
 from asyncrl.train import hook_data
-from asyncrl.train.corrections import Corrected
 from asyncrl.train.hook_call import UserHook
 from asyncrl.train.hook_convert import converted_rows
 from asyncrl.train.hook_data import described
@@ -41,6 +40,17 @@ class SchedulePosition(NamedTuple):
     """Optimizer steps before this one."""
     lr: float
     """The learning rate of this one."""
+
+
+class Corrected(NamedTuple):
+    """A policy loss after corrections."""
+
+    loss_R: Tensor
+    """Weighted, and 0 where a token was taken out."""
+    keep_R: Tensor
+    """1.0 where the token is still in the policy loss, by the corrections alone."""
+    metrics: dict[str, Tensor]
+    """Scalars: this micro-batch's share of the optimizer step's."""
 
 
 class TrainHooks:

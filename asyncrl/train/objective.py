@@ -10,7 +10,7 @@ Invariant: loss and metrics are this micro-batch's share of the optimizer step's
 # ruff: noqa: N803, N806 -- tensors carry shape suffixes
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +31,8 @@ from asyncrl.algo.mismatch import mismatch, mismatch_metrics
 from asyncrl.algo.segment import weighted_sum
 from asyncrl.topology.algorithm import AlgorithmConfig
 from asyncrl.train.corrections import corrected
+from asyncrl.train.hooks import TrainHooks
 from asyncrl.train.tokens import TokenData
-
-if TYPE_CHECKING:
-    from asyncrl.train.hooks import TrainHooks
 
 
 class Objective(NamedTuple):
