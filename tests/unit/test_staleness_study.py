@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,15 @@ def test_an_arm_that_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.Mon
         children.run(Arm(0, "none", 0))
 
 
+@pytest.fixture
+def _keyboard() -> Iterator[None]:
+    """Python's own handling of SIGINT: a suite that a shell started in the background inherits none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_keyboard")
 def test_an_interrupt_ends_the_arms_that_run(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
