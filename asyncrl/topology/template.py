@@ -45,7 +45,7 @@ STARTER: Mapping[str, Mapping[str, Any]] = {
     "generator": {"name": "generator", "replicas": 2},
     "reward": {"name": "reward", "use": "math"},
     "trainer": {"hf_checkpoint": "models/my-model", "lr": 1e-6, "save_interval": 20},
-    "algorithm": {"use_tis": True},
+    "algorithm": {"correction": "tis"},
     "eval": {"eval_prompt_data": ["held-out", "data/eval.jsonl"], "eval_interval": 20},
 }
 """The options that `asyncrl init` writes uncommented."""

@@ -22,6 +22,10 @@ from asyncrl.train.hooks import Corrected, TrainHooks
 from asyncrl.train.tokens import TokenData
 
 
+DETAILS = ("mis_tis_weight", "mis_is_ratio")
+"""Metrics of importance weights that are reported with get_mismatch_metrics alone."""
+
+
 def corrected(
     loss_R: Tensor,
     tokens: TokenData,
@@ -42,7 +46,7 @@ def corrected(
         metrics |= {
             name: weighted_sum(values_R, weights_R=tokens.weight_R)
             for name, values_R in correction.metrics.items()
-            if algorithm.get_mismatch_metrics or not name.startswith("mis_tis_weight")
+            if algorithm.get_mismatch_metrics or not name.startswith(DETAILS)
         }
     if hooks is not None and hooks.custom_tis is not None:
         custom = hooks.correct(loss_R, tokens, trainer_R=trainer_R)
