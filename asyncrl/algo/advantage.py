@@ -88,19 +88,6 @@ def leave_one_out(rewards_S: Tensor, *, group_S: Tensor, rollout_S: Tensor | Non
     return torch.where(groups.equal_G[groups.index_S], 0.0, relative_K)[rollouts.index_S]
 
 
-def grpo_advantages(
-    rewards_S: Tensor,
-    *,
-    group_S: Tensor,
-    rewards_normalization: bool = True,
-    grpo_std_normalization: bool = True,
-) -> Tensor:
-    """`normalize_rewards`, or the rewards themselves without `rewards_normalization`."""
-    if not rewards_normalization:
-        return rewards_S.clone()
-    return normalize_rewards(rewards_S, group_S=group_S, std_normalization=grpo_std_normalization)
-
-
 class _Rollouts(NamedTuple):
     """One reward per rollout."""
 

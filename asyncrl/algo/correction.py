@@ -71,7 +71,11 @@ def off_policy_sequence_mask(
 def sequence_advantages(
     advantages_R: Tensor, *, mask_R: Tensor, sample_R: Tensor, num_samples: int
 ) -> Tensor:
-    """One advantage per sequence [S], the masked mean of its tokens': what OPSM takes the sign of."""
+    """One advantage per sequence [S], the masked mean of its tokens': what OPSM takes the sign of.
+
+    What stands at a masked token is in no mean, NaN included.
+    """
+    advantages_R = torch.where(mask_R > 0, advantages_R, 0.0)
     return sample_means(advantages_R, mask_R=mask_R, sample_R=sample_R, num_samples=num_samples)
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asyncrl.algo.correction import off_policy_sequence_mask
+from asyncrl.algo.correction import off_policy_sequence_mask, sequence_advantages
 from asyncrl.algo.importance import Correction, decoupled_weights, importance_weights, rejection
 from asyncrl.algo.segment import weighted_sum
 from asyncrl.topology.algorithm import AlgorithmConfig, rejection_bounds
 from asyncrl.train.hooks import Corrected, TrainHooks
 from asyncrl.train.tokens import TokenData
-
 
 DETAILS = ("mis_tis_weight", "mis_is_ratio")
 """Metrics of importance weights that are reported with get_mismatch_metrics alone."""
@@ -97,12 +96,18 @@ def _importance(tokens: TokenData, trainer_R: Tensor, algorithm: AlgorithmConfig
 def _sequence_mask(
     tokens: TokenData, current_R: Tensor, algorithm: AlgorithmConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    assert tokens.advantage_R is not None, "advantages are computed before any loss"
     mask = off_policy_sequence_mask(
         current_R,
         rollout_R=tokens.rollout_R,
         mask_R=tokens.mask_R,
         sample_R=tokens.sample_R,
-        advantages_S=tokens.sample_advantages(),
+        advantages_S=sequence_advantages(
+            tokens.advantage_R,
+            mask_R=tokens.mask_R,
+            sample_R=tokens.sample_R,
+            num_samples=tokens.num_samples,
+        ),
         opsm_delta=algorithm.opsm_delta,
         per_token=algorithm.opsm_per_token,
         advantages_R=tokens.advantage_R,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncrl.algo.segment import per_sample_weights, per_token_weights, sample_means, sample_sums
+from asyncrl.algo.segment import per_sample_weights, per_token_weights, sample_sums
 from asyncrl.train.micro import MicroBatch
 from asyncrl.train.rows import Row
 
@@ -135,15 +135,6 @@ class TokenData:
         self.step_divisor = float(len(samples))
         self.weight_R = per_sample_weights(
             self.mask_R, sample_R=self.sample_R, num_tokens_S=counts_S, num_samples=len(samples)
-        )
-
-    def sample_advantages(self) -> Tensor:
-        """One advantage per sample [S], the masked mean of its tokens'."""
-        assert self.advantage_R is not None, "advantages are computed before any loss"
-        # What a hook or a missing log-prob left at a masked token is in no mean, NaN included.
-        counted_R = torch.where(self.mask_R > 0, self.advantage_R, 0.0)
-        return sample_means(
-            counted_R, mask_R=self.mask_R, sample_R=self.sample_R, num_samples=self.num_samples
         )
 
 

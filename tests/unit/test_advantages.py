@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asyncrl.algo.advantage import grpo_advantages, leave_one_out, normalize_rewards
+from asyncrl.algo.advantage import leave_one_out, normalize_rewards
 from asyncrl.algo.whiten import masked_whiten
 
 
@@ -104,13 +104,6 @@ def test_nan_rewards_stay_visible_and_in_their_group() -> None:
         vector(1, math.nan, 1, 0), group_S=torch.tensor([0, 0, 1, 1]), std_normalization=True
     )
     assert relative.isnan().tolist() == [True, True, False, False]
-
-
-def test_grpo_without_normalisation_passes_rewards_on() -> None:
-    rewards, group = vector(1, 0, 0, 1), torch.zeros(4, dtype=torch.int64)
-    assert torch.equal(grpo_advantages(rewards, group_S=group, rewards_normalization=False), rewards)
-    centred = grpo_advantages(rewards, group_S=group, grpo_std_normalization=False)
-    close(centred, 0.5, -0.5, -0.5, 0.5)
 
 
 Rule = Callable[[Tensor, Tensor], Tensor]
