@@ -9,9 +9,15 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.processes import children, is_pythons_own, wait_until
 from tests.support.world import make_model
+
+# A property is no measurement: how long an example takes says only how busy the machine is. And the same
+# examples every time: a failure is repeated by running the test again.
+settings.register_profile("asyncrl", deadline=None, derandomize=True)
+settings.load_profile("asyncrl")
 
 LEAVE_S = 5.0
 """How long processes and tasks may take to go after the test that started them."""
