@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from asyncrl.buffer.records import SURVIVING, TrainedRow
+from asyncrl.buffer.tables import IMPORTED
 from asyncrl.messages.sample import Span
 from asyncrl.topology.plan import Plan
 
@@ -101,6 +102,16 @@ class View:
     def lineage(self) -> list[TrainedRow]:
         """Trainings that the surviving weights rest on."""
         return [TrainedRow(*row) for row in self.rows(SURVIVING)]
+
+    @cached_property
+    def imported(self) -> str:
+        """Where an imported run came from; empty for a run that was made here, whatever its `meta` claims."""
+        rows = self.rows(
+            "select value from meta where key = ? and not exists (select 1 from leases)"
+            " and not exists (select 1 from versions) and not exists (select 1 from trained)",
+            IMPORTED,
+        )
+        return str(rows[0][0]) if rows else ""
 
     @cached_property
     def finished(self) -> bool:

@@ -23,6 +23,7 @@ import xxhash
 from asyncrl.buffer.figures import Figures, compute
 from asyncrl.buffer.segments import Location, Segments
 from asyncrl.buffer.store import BODIES, DATABASE, batch_parts
+from asyncrl.buffer.tables import IMPORTED
 from asyncrl.errors import DataError, StorageError
 from asyncrl.messages.parts import unpack
 from asyncrl.messages.sample import Sample
@@ -152,6 +153,12 @@ class Records:
         self.db.close()
 
     # Rows.
+
+    @property
+    def imported(self) -> str:
+        """Where an imported run came from, in words; empty for a run that was made here."""
+        rows = self._rows("select value from meta where key = ?", IMPORTED)
+        return str(rows[0][0]) if rows else ""
 
     def totals(self) -> dict[str, int]:
         """The ledger's running sums by name ("received.tokens", "settled.trained.groups", ...)."""

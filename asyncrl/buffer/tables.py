@@ -5,6 +5,9 @@ Ordinals (groups, bodies, leases, batches) have no gaps, so that a missing row c
 
 from __future__ import annotations
 
+IMPORTED = "imported"
+"""Key in `meta` of a run whose batches were made elsewhere; its value says where from."""
+
 SCHEMA = """
 create table if not exists meta (key text primary key, value) without rowid;
 create table if not exists totals (key text primary key, value integer not null) without rowid;

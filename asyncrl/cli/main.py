@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from asyncrl.cli import buffer
 from asyncrl.errors import AsyncrlError
 
 INTERRUPTED = 130
@@ -30,6 +31,13 @@ class WorkerRole(StrEnum):
 
     GENERATOR = "generator"
     REWARD = "reward"
+
+
+class Order(StrEnum):
+    """Order of the groups inside each replayed batch."""
+
+    RECORDED = "recorded"
+    SHUFFLED = "shuffled"
 
 
 class Commands(TyperGroup):
@@ -59,6 +67,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(buffer.app, name="buffer")
 
 Overrides = Annotated[
     list[str] | None,
@@ -166,17 +176,43 @@ def replay(
     run: Run,
     *,
     overrides: Overrides = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Begin where the weights hold N batches; default: as early as records allow."
+        ),
+    ] = None,
+    order: Annotated[
+        Order, typer.Option(help="Order of the groups inside each batch; batches stay in theirs.")
+    ] = Order.RECORDED,
+    order_seed: Annotated[int, typer.Option(metavar="N", help="Which shuffled order.")] = 0,
+    rescore: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="A reward, as [[reward]] use, instead of the recorded ones."
+        ),
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write a checkpoint after the last step, below RUN/replays.")
+    ] = False,
     num_threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", help="Threads; default: as recorded.")
     ] = None,
 ) -> None:
     """Train again on a run's records; compare the weights.
 
-    The trainer alone, no generators. Without --set the weights must come out equal to the bit.
+    The trainer alone, no generators. Unchanged, the weights must come out equal to the bit. With --set,
+    --order shuffled or --rescore it is a counterfactual: the same samples otherwise trained, and a table of
+    recorded and replayed metrics. What lies before --from-step is trained as it was recorded.
     """
     from asyncrl.cli import records
 
-    _leave(records.replay(run, overrides=overrides or [], num_threads=num_threads))
+    _leave(
+        records.replay(
+            run, overrides=overrides or [], num_threads=num_threads, from_step=from_step, order=order,
+            order_seed=order_seed, rescore=rescore, save=save,
+        )
+    )  # fmt: skip
 
 
 @app.command()

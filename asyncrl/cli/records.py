@@ -13,7 +13,7 @@ from asyncrl.buffer import audit as auditor
 from asyncrl.buffer.audit_story import story as tell
 from asyncrl.buffer.store import BODIES
 from asyncrl.errors import ConfigError, ExitCode
-from asyncrl.run.replay import Comparison, Outcome, Replay, compare
+from asyncrl.run.replay import Comparison, Order, Outcome, Replay, compare
 
 DEEP_BYTES = 1 << 30
 """Bodies up to this size are read and compared with their rows, too; that takes a second or two."""
@@ -40,48 +40,81 @@ def story(run: Path, uid: str) -> None:
         ConfigError: `uid` is neither.
         DataError: there is no such run, group or sample.
     """
-    match = re.fullmatch(r"(\d+)(?:\.(\d+))?", uid)
-    if match is None:
-        raise ConfigError(f"story: {uid!r} names no group; write GROUP or GROUP.SAMPLE, such as 17 or 17.3")
-    group, sample = match.groups()
-    for line in tell(run, int(group), None if sample is None else int(sample)):
+    group, sample = group_and_sample(uid, command="story")
+    for line in tell(run, group, sample):
         _console().print(line, markup=False, highlight=False)
 
 
-def replay(run: Path, *, overrides: Sequence[str], num_threads: int | None) -> int:
+def group_and_sample(uid: str, *, command: str) -> tuple[int, int | None]:
+    """The numbers in GROUP or GROUP.SAMPLE. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?", uid)
+    if match is None:
+        raise ConfigError(
+            f"{command}: {uid!r} names no group; write GROUP or GROUP.SAMPLE, such as 17 or 17.3"
+        )
+    group, sample = match.groups()
+    return int(group), None if sample is None else int(sample)
+
+
+def replay(
+    run: Path, *, overrides: Sequence[str], num_threads: int | None, from_step: int | None = None,
+    order: str = Order.RECORDED, order_seed: int = 0, rescore: str | None = None, save: bool = False,
+) -> int:  # fmt: skip
     """Train again on what a run recorded; returns 1 at the first weights that differ.
 
     Raises:
         DataError: there is no such run, or nothing to replay in it.
-        ConfigError: an override is wrong.
+        ConfigError: an override is wrong, there is no such step, or the new reward cannot be loaded.
+        RewardError: the new reward failed on a sample.
         StorageError: a recorded body was altered.
     """
     console = _console()
-    job = Replay(run, overrides=overrides, num_threads=num_threads)
+    job = Replay(
+        run, overrides=overrides, num_threads=num_threads, from_step=from_step, order=Order(order),
+        order_seed=order_seed, rescore=rescore,
+    )  # fmt: skip
     try:
-        console.print(f"replay of {run}, {job.start()}", markup=False, highlight=False)
+        _say(console, f"replay of {run}, {job.start()}")
         outcomes = _train(job, console)
-        different = None if job.counterfactual else next((o for o in outcomes if not o.equal), None)
+        exact = not (job.counterfactual or job.imported)
+        different = next((o for o in outcomes if not o.equal), None) if exact else None
         if different is not None:
-            console.print(difference(different), markup=False, highlight=False)
+            _say(console, difference(different))
             return ExitCode.FAILED
-        if job.counterfactual:
-            console.print(table(compare(job.recorded_metrics(), outcomes)), markup=False)
-            equal = sum(outcome.equal for outcome in outcomes)
-            console.print(
-                f"{len(outcomes)} steps with {', '.join(overrides)}; {equal} of them end in the recorded"
-                f" weights"
-            )
-        else:
-            console.print(
-                f"all {len(outcomes)} steps end in the recorded weights, to the bit: {outcomes[-1].replayed}"
-            )
-        console.print(
-            f"metrics of the replay: {job.directory / 'metrics.jsonl'}", markup=False, highlight=False
-        )
+        _conclude(job, outcomes, console)
+        if save:
+            _say(console, f"checkpoint: {job.save()}")
+        _say(console, f"metrics of the replay: {job.directory / 'metrics.jsonl'}")
         return ExitCode.FINISHED
     finally:
         job.close()
+
+
+def _conclude(job: Replay, outcomes: Sequence[Outcome], console: Console) -> None:
+    """What came of a replay that went to its end."""
+    last = outcomes[-1].replayed
+    if job.counterfactual:
+        rows = compare(job.recorded_metrics(), outcomes)
+        if rows:
+            console.print(table(rows), markup=False)
+        _say(console, _counted(job, outcomes))
+    elif job.imported:
+        _say(console, f"{len(outcomes)} steps trained; the weights are {last}. This run was {job.imported}")
+    else:
+        _say(console, f"all {len(outcomes)} steps end in the recorded weights, to the bit: {last}")
+
+
+def _counted(job: Replay, outcomes: Sequence[Outcome]) -> str:
+    """The sentence under the table of a counterfactual."""
+    words = f"{len(outcomes)} steps with {', '.join(job.changes)}"
+    if job.imported:
+        return f"{words}; the weights are {outcomes[-1].replayed}"
+    equal = sum(outcome.equal for outcome in outcomes)
+    words = f"{words}; {equal} of them end in the recorded weights"
+    if job.approach:
+        equal = sum(outcome.equal for outcome in job.approach)
+        words += f"; of {len(job.approach)} steps before them, as recorded, {equal} do"
+    return words
 
 
 def difference(outcome: Outcome) -> str:
@@ -105,14 +138,24 @@ def _train(job: Replay, console: Console) -> list[Outcome]:
         task = progress.add_task("replaying", total=total, completed=job.first)
         for outcome in job.steps():
             outcomes.append(outcome)
-            words = "equal" if outcome.equal else "different"
-            line = f"step {outcome.batch + 1}/{total} digest {words}"
+            line = f"step {outcome.batch + 1}/{total} {_came_out(outcome)}"
             progress.update(task, advance=1, description=line)
             if not console.is_terminal:
-                console.print(line)
-            if not outcome.equal and not job.counterfactual:
+                _say(console, line)
+            if not (outcome.equal or job.counterfactual or job.imported):
                 break
     return outcomes
+
+
+def _came_out(outcome: Outcome) -> str:
+    """A step's weights, and its rewards where they are new, in words."""
+    words = f"digest {'equal' if outcome.equal else 'different'}"
+    if not outcome.recorded:
+        words = f"digest {outcome.replayed}"
+    if outcome.rewards is None:
+        return words
+    old, new, changed, samples = outcome.rewards
+    return f"{words}, reward {old.mean:.4g} -> {new.mean:.4g} ({changed} of {samples} samples changed)"
 
 
 def table(rows: Sequence[Comparison]) -> str:
@@ -123,6 +166,10 @@ def table(rows: Sequence[Comparison]) -> str:
     lines = [" " * width + "".join(head.rjust(16) for head in heads)]
     lines += [row.name.ljust(width) + "".join(f"{value:16.6g}" for value in row[1:]) for row in different]
     return "\n".join([*lines, f"{len(rows) - len(different)} other metrics are the same in both"])
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
 
 
 def _console() -> Console:

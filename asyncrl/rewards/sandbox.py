@@ -144,8 +144,9 @@ class Sandbox:
         return child
 
     async def _discard(self, child: Child) -> None:
-        self._children.discard(child)
+        # In this order: where the kill is cancelled half-way, `close` does the rest.
         await child.kill()
+        self._children.discard(child)
 
     @contextlib.asynccontextmanager
     async def _child(self) -> AsyncIterator[Child]:

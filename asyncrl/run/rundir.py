@@ -20,12 +20,15 @@ import msgspec
 from asyncrl.errors import ConfigError, DataError, StorageError
 from asyncrl.topology.plan import Plan
 
+IMPORTED = "imported"
+"""Phase of a run that `asyncrl buffer import` made."""
+
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """status.json: how to reach a live run, and how a finished one ended."""
 
     phase: str
-    """starting, running, finished, drained, failed."""
+    """starting, running, finished, drained, failed, imported."""
     address: str = ""
     """Of the supervisor, while live."""
     buffer_address: str = ""
@@ -69,6 +72,11 @@ class RunDir:
         if not (path / "plan.json").exists():
             raise DataError(
                 f"{path}: not a run directory (it has no plan.json); `asyncrl launch --topology` starts one"
+            )
+        if (path / "status.json").exists() and read_status(path).phase == IMPORTED:
+            raise ConfigError(
+                f"{path}: an imported run has nothing to go on with but its batches; train on them with "
+                f"`asyncrl replay {path} --save`, and launch a run with that as its trainer.hf_checkpoint"
             )
         run = cls(path)
         run.lock()

@@ -75,11 +75,29 @@ FROM_SLIME_AND_MILES: Mapping[str, Foreign] = MappingProxyType(
             "", "`asyncrl attach generator ADDRESS` adds machines to a live run"
         ),
         "rollout_external": Foreign("", "`asyncrl attach generator ADDRESS` adds machines to a live run"),
-        "save_debug_rollout_data": Foreign("buffer.keep", 'keep = "all" keeps every sample on disk'),
-        "load_debug_rollout_data": Foreign(
-            "", "`asyncrl replay RUN` trains on the recorded samples of a run"
+        "save_debug_rollout_data": Foreign(
+            "buffer.keep",
+            'keep = "all" keeps every sample on disk; `asyncrl buffer export RUN FILE` writes JSON lines',
         ),
-        "debug_train_only": Foreign("", "`asyncrl replay RUN` runs the trainer alone"),
+        "load_debug_rollout_data": Foreign(
+            "",
+            "`asyncrl replay RUN` trains on the recorded samples of a run; `asyncrl buffer import FILE "
+            "--topology FILE --out RUN` makes a run of samples from elsewhere",
+        ),
+        "load_debug_rollout_data_subsample": Foreign(
+            "",
+            "a part of the batches: `asyncrl buffer export RUN FILE --batches A:B`, then `asyncrl buffer "
+            "import`; a part of each batch: take the other groups' lines out of the file and set "
+            "rollout.rollout_batch_size to how many are left",
+        ),
+        "debug_train_only": Foreign(
+            "", "`asyncrl replay RUN` runs the trainer alone, on recorded or imported batches"
+        ),
+        "debug_rollout_only": Foreign(
+            "trainer.backend",
+            'backend = "scripted" trains nothing, for the scripted engine; with a real one, lr = 0 and '
+            "weight_decay = 0 leave its weights as they are",
+        ),
         "tis_upper_bound": Foreign("algorithm.tis_clip", "of mis.yaml"),
         "tis_lower_bound": Foreign(
             "algorithm.tis_clip_low", "of mis.yaml, where it is 1 / upper if left out"
@@ -241,7 +259,7 @@ _NOT_YET = {
         rollout_buffer_url fetch_trajectory_retry_times min_batch_collection_ratio rollout_task_type
         disable_rollout_global_dataset http_proxy use_distributed_post""",
     "there is no such debugging switch yet; `asyncrl audit` and `asyncrl replay` work on any run": """
-        check_weight_update_equal load_debug_rollout_data_subsample debug_rollout_only save_debug_train_data
+        check_weight_update_equal save_debug_train_data
         dump_details memory_snapshot_path record_memory_history memory_snapshot_dir memory_snapshot_num_steps
         memory_recorder profile_target use_pytorch_profiler profile_step_start profile_step_end ci_test
         ci_disable_kl_checker ci_metric_checker_key ci_metric_checker_threshold ci_save_grad_norm
