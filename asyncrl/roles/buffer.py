@@ -23,6 +23,7 @@ from asyncrl.buffer.delivery import Courier
 from asyncrl.buffer.desk import Desk
 from asyncrl.buffer.gate import check_hello
 from asyncrl.buffer.ledger import TICK_S, Ledger
+from asyncrl.buffer.lengths import tokens_dropped
 from asyncrl.buffer.members import Members
 from asyncrl.buffer.pump import Pump
 from asyncrl.buffer.restore import release_all, restore
@@ -35,7 +36,7 @@ from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
 from asyncrl.obs.log import group_line
-from asyncrl.obs.view import PhaseUpdate, QueueUpdate
+from asyncrl.obs.view import NoteUpdate, PhaseUpdate, QueueUpdate
 
 SWITCH_S = 0.0005
 """Longest wait of one of the buffer's two threads for the other, in its own process."""
@@ -45,6 +46,8 @@ MAX_REASON = 500
 """Characters of a complaint in the log; a peer may have written them."""
 ONLY_ONE = ("source", "trainer", "evaluator")
 """Roles that a run has at most one actor of."""
+OLD = 2
+"""A group is old that is unfinished after so many times max_staleness + 1 batches."""
 GC_THRESHOLD = (50_000, 20, 50)
 """When the cycle collector runs there; Python's own default is (700, 10, 10)."""
 
@@ -70,6 +73,7 @@ class BufferRole(Actor):
         self._store: Store | None = None
         self._courier: Courier | None = None
         self._told_end = False
+        self._starving = ""
 
     @property
     def store(self) -> Store:
@@ -213,10 +217,33 @@ class BufferRole(Actor):
         self.gauges |= {"queue/tickets_used": used, "queue/tickets_free": free}
         for reason in Settled:
             self.gauges[f"ledger/settled/{reason}"] = self.ledger.book.totals[f"settled.{reason}.groups"]
+        await self._show_lengths()
         self.metrics.write(self.gauges, step=self.ledger.batches.num_trained)
         await self.tell(
             QueueUpdate(counts=counts, tickets_used=used, tickets_total=self.ledger.batches.tickets)
         )
+
+    async def _show_lengths(self) -> None:
+        """Gauges of lengths and of tokens thrown away; a warning when long answers begin to starve."""
+        ledger = self.ledger
+        oldest = ledger.oldest_unfinished()
+        age = 0 if oldest is None else max(0, ledger.batches.next_batch - oldest.version)
+        self.gauges |= ledger.lengths.metrics()
+        self.gauges["lengths/oldest_group_batches"] = age
+        self.gauges["lengths/oldest_group_s"] = 0.0 if oldest is None else time.time() - oldest.created_at
+        dropped = tokens_dropped(ledger.book.totals)
+        self.gauges |= {f"tokens_dropped/{reason}": tokens for reason, tokens in dropped.items()}
+        words = ledger.lengths.concern(
+            oldest_batches=age,
+            patience=OLD * (ledger.config.max_staleness + 1),
+            on_straggler=ledger.config.on_straggler,
+        )
+        if words and not self._starving:
+            self.log.warning(words)
+            await self.tell(NoteUpdate(text=words))
+        elif self._starving and not words:
+            self.log.info("long answers are trained again as they come")
+        self._starving = words
 
     async def _commit(self) -> None:
         """consumes: the ledger's transactions    waits for: events, the disk    produces: every message"""
