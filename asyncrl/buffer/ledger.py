@@ -386,12 +386,6 @@ class Ledger:
 
     # What the desk looks like.
 
-    def oldest_unfinished(self) -> GroupRecord | None:
-        """The group of the lane train that was issued first and is not complete yet."""
-        groups = self.book.groups.values()
-        open_ = (g for g in groups if g.lane is Lane.TRAIN and g.version >= 0 and g.state != READY)
-        return min(open_, key=lambda g: (g.version, g.group_id), default=None)
-
     def counts(self) -> dict[str, int]:
         """Live samples by state, and tickets; the gauges behind queue/*."""
         states = dict.fromkeys(("fresh", "generating", "generated", "scoring", "scored"), 0)

@@ -226,7 +226,7 @@ class BufferRole(Actor):
     async def _show_lengths(self) -> None:
         """Gauges of lengths and of tokens thrown away; a warning when long answers begin to starve."""
         ledger = self.ledger
-        oldest = ledger.oldest_unfinished()
+        oldest = ledger.book.oldest_unfinished()
         age = 0 if oldest is None else max(0, ledger.batches.next_batch - oldest.version)
         self.gauges |= ledger.lengths.metrics()
         self.gauges["lengths/oldest_group_batches"] = age

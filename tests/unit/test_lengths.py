@@ -187,7 +187,7 @@ def test_the_desk_tells_drop_from_wait(tmp_path: Path, policy: str) -> None:
     heard, ages = set(), []
     for _ in range(2000):
         desk.play(rounds=1)
-        oldest = desk.ledger.oldest_unfinished()
+        oldest = desk.ledger.book.oldest_unfinished()
         ages.append(0 if oldest is None else desk.ledger.batches.next_batch - oldest.version)
         heard.add(desk.ledger.lengths.concern(oldest_batches=ages[-1], patience=4, on_straggler=policy))
         if desk.ledger.finished:
