@@ -63,7 +63,10 @@ def check(worker: WorkerRecord, message: Any, frames: Sequence[bytes], ledger: L
         raise ProtocolError(f"{type(message).__name__} with {len(frames)} bodies; {bodies} belong to it")
     match message:
         case control.Want(kind=Kind.GENERATE):
-            _check_version(message.version, ledger)
+            if message.version >= 0:
+                _check_weights(message.version, message.incarnation, ledger)
+        case control.Swapped():
+            _check_weights(message.version, message.incarnation, ledger)
         case control.Reports():
             for report, body in zip(message.reports, frames, strict=True):
                 _check_report(worker, report, body, ledger)
@@ -107,14 +110,16 @@ def _check_report(worker: WorkerRecord, report: Report, body: bytes, ledger: Led
             f"a body of {len(body)} bytes"
         )
     for span in report.spans:
-        _check_version(span.version, ledger)
+        _check_weights(span.version, span.incarnation, ledger)
 
 
-def _check_version(version: int, ledger: Ledger) -> None:
-    published = ledger.versions.published
-    newest = -1 if published is None else published.version
-    if version > newest:
-        raise ProtocolError(f"it names version {version}; the newest one is {newest}")
+def _check_weights(version: int, incarnation: int, ledger: Ledger) -> None:
+    """Nobody has weights of a version, or of a life of the trainer, that was never published."""
+    newest = ledger.versions.published
+    if newest is None or version > newest.version or not 1 <= incarnation <= newest.incarnation:
+        raise ProtocolError(
+            f"it names version {version}.{incarnation}; the newest one is {newest.name if newest else 'none'}"
+        )
 
 
 def _check_removed(verdict: control.Verdict, ledger: Ledger) -> None:
