@@ -1,4 +1,4 @@
-"""What the supervisor answers to `attach`, `detach` and `status`: pure functions of the roster."""
+"""What the supervisor makes of its peers' words: pure functions of the roster and a message."""
 
 from __future__ import annotations
 
@@ -9,13 +9,26 @@ from typing import Any
 import msgspec
 
 from asyncrl.actor.roster import MemberState, Roster, State
+from asyncrl.errors import ProtocolError
 from asyncrl.messages.control import PROTOCOL
-from asyncrl.messages.supervision import AttachReply, AttachRequest, DetachRequest, Drain, Reply, Stop
-from asyncrl.obs.view import MemberUpdate
+from asyncrl.messages.supervision import (
+    AttachReply,
+    AttachRequest,
+    DetachRequest,
+    Drain,
+    Reply,
+    Stop,
+    Telemetry,
+)
+from asyncrl.obs.view import MemberUpdate, Update
 from asyncrl.topology.plan import Plan
 
 ATTACHABLE = ("generator", "reward")
 """Roles that may come and go."""
+MAX_ATTACHED = 4096
+"""Members that may ever be attached to one run: past ones stay in the roster, and their names in `status`."""
+
+_UPDATES = msgspec.json.Decoder(list[Update])
 
 
 def attach(
@@ -58,6 +71,31 @@ def detach(roster: Roster, request: DetachRequest) -> tuple[Reply, Drain | Stop 
     if request.drain:
         return Reply(ok=True, text=f"{member.name} drains and leaves"), Drain(reason="detached")
     return Reply(ok=True, text=f"{member.name} leaves now"), Stop()
+
+
+def crowded(roster: Roster) -> str:
+    """Why nobody else may attach, in words; empty while there is room."""
+    count = sum(member.attached for member in roster.members.values())
+    return (
+        f"{count} members were attached to this run, and no more are taken" if count >= MAX_ATTACHED else ""
+    )
+
+
+def updates_of(roster: Roster, peer: bytes, message: Telemetry) -> list[Update]:
+    """What a member tells people, of itself alone.
+
+    Raises:
+        ProtocolError: the peer is not the member it names, or the facts cannot be read.
+    """
+    member = roster.members.get(message.name)
+    if member is None or member.peer != peer:
+        raise ProtocolError("telemetry of a member that did not say hello on this connection")
+    try:
+        updates = _UPDATES.decode(message.facts)
+    # As in `messages.codec`: whatever those bytes provoke, the peer is at fault and not this process.
+    except Exception as error:
+        raise ProtocolError(f"telemetry of {message.name}: {error}") from error
+    return [u for u in updates if not isinstance(u, MemberUpdate) or u.name == message.name]
 
 
 def describe(roster: Roster, reports: Mapping[str, MemberUpdate]) -> list[dict[str, Any]]:

@@ -21,10 +21,10 @@ import structlog
 
 from asyncrl.actor.base import SCHEMA
 from asyncrl.actor.launchers import Handle, Launcher
-from asyncrl.actor.reception import ATTACHABLE, attach, describe, detach
+from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, updates_of
 from asyncrl.actor.roster import Fate, MemberState, Roster, State, story
-from asyncrl.errors import ExitCode, StalledError
-from asyncrl.link import Delivery, Hub, Key, PeerGone, ServerLink, bind
+from asyncrl.errors import ExitCode, ProtocolError, StalledError
+from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, shown
 from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
 from asyncrl.messages.supervision import (
     AttachRequest,
@@ -46,8 +46,6 @@ DRAIN_DEADLINE_S = 120.0
 """How long a drain may take: a rollout step and a checkpoint."""
 FINISH_DEADLINE_S = 30.0
 """How long actors may take to leave once the run has finished."""
-
-_UPDATES = msgspec.json.Decoder(list[Update])
 
 
 class Supervisor:
@@ -81,6 +79,7 @@ class Supervisor:
         self._address = address
         self._key, self._hub = key, hub
         self._link: ServerLink | None = None
+        self._complaints = Complaints()
         self._buffer = ""
         self._buffer_known = asyncio.Event()
         self._handles: dict[str, Handle] = {}
@@ -93,7 +92,13 @@ class Supervisor:
 
     async def run(self) -> ExitCode:
         """Start everything and see it through."""
-        self._link = bind(self._address, receives=ToSupervisor, security=self._key, hub=self._hub)
+        self._link = bind(
+            self._address,
+            receives=ToSupervisor,
+            security=self._key,
+            hub=self._hub,
+            on_malformed=lambda peer, why: self._complain("malformed", peer, why),
+        )
         self._on_address(self._link.address, "")
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -287,10 +292,10 @@ class Supervisor:
             case Hello():
                 await self._hello(delivery.peer, delivery.message)
             case Telemetry():
-                self._telemetry(delivery.message)
+                self._telemetry(delivery.peer, delivery.message)
             case Exiting():
                 member = self.roster.members.get(delivery.message.name)
-                if member is not None:
+                if member is not None and member.peer == delivery.peer:
                     member.last_words = delivery.message.message
                     if member.attached:
                         member.state = State.GONE
@@ -318,6 +323,11 @@ class Supervisor:
         if member is None or member.incarnation != hello.incarnation:
             if hello.role not in (*ATTACHABLE, "evaluator"):
                 return
+            problem = crowded(self.roster)
+            if problem:
+                self._complain("unwelcome", peer, problem)
+                await self._send(peer, Refused(reason=problem))
+                return
             member = self.roster.join(hello.name, hello.role, hello.incarnation, attached=True)
         member.peer, member.pid = peer, hello.pid
         if member.state is State.STARTING:
@@ -330,8 +340,18 @@ class Supervisor:
             self._on_address(self._link.address, hello.address)
             self._buffer_known.set()
 
-    def _telemetry(self, message: Telemetry) -> None:
-        for update in _UPDATES.decode(message.facts):
+    def _complain(self, what: str, peer: bytes, why: str) -> None:
+        left_out = self._complaints.admit(time.monotonic())
+        if left_out is not None:
+            self.log.warning(what, peer=shown(peer), why=why[:500], left_out=left_out)
+
+    def _telemetry(self, peer: bytes, message: Telemetry) -> None:
+        try:
+            updates = updates_of(self.roster, peer, message)
+        except ProtocolError as error:
+            self._complain("malformed", peer, str(error))
+            return
+        for update in updates:
             if isinstance(update, MemberUpdate):
                 self._note_member(update)
                 continue

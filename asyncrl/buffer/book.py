@@ -12,6 +12,7 @@ from typing import Any
 from asyncrl.buffer.states import (
     BATCHED,
     PROMPT_INDEX,
+    READY,
     BodyRow,
     GroupRecord,
     Outgoing,
@@ -144,6 +145,15 @@ class Book:
         self.touch(group, *group.samples)
         self._forget += group.body_ids
         del self.groups[group.group_id]
+
+    def oldest_unfinished(self) -> GroupRecord | None:
+        """The group of the lane train that was issued first and is not complete yet."""
+        open_ = (
+            group
+            for group in self.groups.values()
+            if group.lane is Lane.TRAIN and group.version >= 0 and group.state != READY
+        )
+        return min(open_, key=lambda group: (group.version, group.group_id), default=None)
 
     def touch(self, group: GroupRecord, *samples: SampleRecord) -> None:
         """These rows have changed."""

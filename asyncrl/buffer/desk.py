@@ -6,6 +6,7 @@ from typing import Any
 
 import xxhash
 
+from asyncrl.buffer import gate
 from asyncrl.buffer.book import Frame
 from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.members import Members
@@ -21,8 +22,13 @@ class Desk:
         self.members = members
 
     def take(self, worker: WorkerRecord, message: Any, frames: list[bytes], now: float) -> None:
-        """One message with its bodies. Anything but Hello, which needs an answer even when it is refused."""
+        """One message with its bodies. Anything but Hello, which needs an answer even when it is refused.
+
+        Raises:
+            ProtocolError: the worker may not say this, or not like this; nothing has changed.
+        """
         ledger = self.ledger
+        gate.check(worker, message, frames, ledger)
         match message:
             case control.Want():
                 ledger.fleet.want(worker, message)

@@ -25,7 +25,7 @@ class Fleet:
         """A worker said hello; leases of the same life stay its own (it reconnected)."""
         before = self.find(hello.name, hello.incarnation)
         if before is not None and before.peer != peer:
-            del self.workers[before.peer]
+            self.workers.pop(before.peer, None)
         worker = WorkerRecord(peer, hello.name, hello.role, hello.incarnation, now)
         worker.leases = {
             lease.fence

@@ -15,6 +15,7 @@ from asyncrl.buffer.batches import Batches
 from asyncrl.buffer.book import Book, Frame
 from asyncrl.buffer.config import LedgerConfig
 from asyncrl.buffer.fleet import Fleet
+from asyncrl.buffer.lengths import Lengths
 from asyncrl.buffer.queues import Queues
 from asyncrl.buffer.states import (
     FRESH,
@@ -43,6 +44,7 @@ class Ledger:
         self.config = config
         self.book = Book()
         self.fleet = Fleet(dead_after_s=config.dead_after_s)
+        self.lengths = Lengths()
         self.queues = Queues(scores_groups=config.group_rm)
         self.versions = Versions(
             evaluates=config.evaluates,
@@ -350,6 +352,8 @@ class Ledger:
             self.end_lease(lease, f"group {reason}", now)
         self.batches.drop(group)
         self.book.settle(group, reason, now, note)
+        if group.lane is Lane.TRAIN and group.version >= 0 and reason is not Settled.UNNEEDED:
+            self.lengths.dropped([sample.tokens for sample in group.samples], reason)
         evaluation = self.versions.evaluation
         if evaluation is not None and group.lane is Lane.EVAL:
             evaluation.open_groups -= evaluation.key == (group.version, group.incarnation)

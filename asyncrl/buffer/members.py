@@ -40,6 +40,9 @@ class Members:
     def join(self, peer: bytes, hello: Hello, now: float) -> None:
         """An actor said hello (again)."""
         ledger = self.ledger
+        before = ledger.fleet.workers.get(peer)
+        if before is not None and (before.name, before.incarnation) != (hello.name, hello.incarnation):
+            self._remove(before, "its connection is somebody else's now", now, ours=True)
         for other in ledger.fleet.with_role(hello.role):
             if other.name == hello.name and other.incarnation != hello.incarnation:
                 self._remove(other, "replaced", now, ours=True)
@@ -123,6 +126,10 @@ class Members:
     def leave(self, worker: WorkerRecord, reason: str, now: float) -> None:
         """It said goodbye."""
         self._remove(worker, reason, now, ours=True)
+
+    def expel(self, worker: WorkerRecord, reason: str, now: float) -> None:
+        """It broke the protocol: nothing it holds is its own any more. No sample is to blame for that."""
+        self._remove(worker, f"broke the protocol: {reason}", now, ours=True)
 
     def lost(self, message: MemberLost, now: float) -> None:
         """The supervisor saw it die."""

@@ -253,7 +253,9 @@ class Pump:
         record = batches.records[batch]
         for position, group in enumerate(groups):
             ledger.book.batch(group, batch)
+            ledger.lengths.batched([sample.tokens for sample in group.samples])
             ledger.book.row("batch_group", batch, position, group.group_id)
+        ledger.lengths.cut()
         ledger.book.row("batch", batch, record.groups, record.samples, record.tokens, ledger.book.seq, now)
         return batch
 

@@ -16,6 +16,7 @@ from asyncrl.link.base import (
     PeerGone,
     ServerLink,
 )
+from asyncrl.link.complaints import Complaints, shown
 from asyncrl.link.endpoints import bind, connect
 from asyncrl.link.memory import Hub
 from asyncrl.link.security import Key, check_private, is_private, make_key, read_key
@@ -23,6 +24,7 @@ from asyncrl.link.window import Window
 
 __all__ = [
     "ClientLink",
+    "Complaints",
     "Delivery",
     "Hub",
     "Key",
@@ -39,4 +41,5 @@ __all__ = [
     "is_private",
     "make_key",
     "read_key",
+    "shown",
 ]

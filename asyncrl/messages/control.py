@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
+from asyncrl.messages.numbers import Count, CountOrNone, Finite, GroupSize, Seconds
 from asyncrl.messages.parts import GroupParts
 from asyncrl.messages.sample import Lane, Span, Status
 from asyncrl.messages.version import Manifest
@@ -42,11 +43,11 @@ class Hello(Message, frozen=True, kw_only=True):
     role: str
     incarnation: str
     """Random for every life of a process: a name that comes back is not the old process."""
-    protocol: int
+    protocol: Count
     schema: str
     """Hash of every struct of this module; peers built from other code are refused by name."""
     host: str = ""
-    pid: int = 0
+    pid: Count = 0
     address: str = ""
     """Where this actor listens, when it does (the buffer's desk)."""
     run_id: str = ""
@@ -86,8 +87,8 @@ class Refused(Message, frozen=True, kw_only=True):
 class Heartbeat(Message, frozen=True, kw_only=True):
     """I am alive; renews every lease I hold."""
 
-    version: int = -1
-    incarnation: int = 0
+    version: CountOrNone = -1
+    incarnation: Count = 0
 
 
 class Goodbye(Message, frozen=True, kw_only=True):
@@ -100,25 +101,25 @@ class Want(Message, frozen=True, kw_only=True):
     """Credit: room for so much more work of this kind. The only flow control there is."""
 
     kind: Kind
-    samples: int
+    samples: Count
     """Samples (batches, for TRAIN)."""
-    num_bytes: int = 0
+    num_bytes: Count = 0
     """Body bytes; given back with the same message when bodies have been taken in."""
-    version: int = -1
+    version: CountOrNone = -1
     """Version the worker serves (GENERATE)."""
-    incarnation: int = 0
-    capacity: int = 0
+    incarnation: Count = 0
+    capacity: Count = 0
     """Most samples the worker ever holds: a group that exceeds it is split."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """The right to work on samples of one group."""
 
-    fence: int
+    fence: Count
     """Names the lease in results; a result under an older number is refused."""
     kind: Kind
     parts: GroupParts
-    version: int = 0
+    version: CountOrNone = 0
     """GENERATE: serve at least this version; lane eval: exactly this one."""
 
 
@@ -134,13 +135,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     PENDING is progress; COMPLETED and TRUNCATED are ends; ABORTED hands the sample back; FAILED is an error.
     """
 
-    fence: int
-    group_id: int
-    index: int
+    fence: Count
+    group_id: Count
+    index: Count
     status: Status
-    offset: int
+    offset: Count
     """Response tokens committed before this report, as the worker knows it."""
-    num_tokens: int = 0
+    num_tokens: Count = 0
     """Tokens in the frame."""
     spans: list[Span] = []
     reason: str = ""
@@ -174,10 +175,10 @@ class Acks(Message, frozen=True, kw_only=True):
 class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One sample's score. One frame each (empty when it failed)."""
 
-    fence: int
-    group_id: int
-    index: int
-    reward: float = 0.0
+    fence: Count
+    group_id: Count
+    index: Count
+    reward: Finite = 0.0
     remove_sample: bool = False
     error: str = ""
     """Not empty: scoring failed, and why."""
@@ -192,11 +193,11 @@ class Scores(Message, frozen=True, kw_only=True):
 class Verdict(Message, frozen=True, kw_only=True):
     """What the filters say of a complete group."""
 
-    fence: int
-    group_id: int
+    fence: Count
+    group_id: Count
     keep: bool
     reason: str = ""
-    removed: list[int] = []
+    removed: list[Count] = []
     """Samples to keep out of the loss."""
     error: str = ""
     """Not empty: the filter failed, and why."""
@@ -216,8 +217,8 @@ class Need(Message, frozen=True, kw_only=True):
 class Issued(msgspec.Struct, frozen=True, array_like=True):
     """One prompt of an `Issue`; its body is one frame."""
 
-    num_samples: int
-    num_tokens: int
+    num_samples: GroupSize
+    num_tokens: Count
     """Prompt tokens."""
     dataset: str = ""
 
@@ -226,13 +227,13 @@ class Issue(Message, frozen=True, kw_only=True):
     """Source to buffer: prompts, and the cursor after them (committed together)."""
 
     lane: Lane
-    first_group: int
+    first_group: Count
     """Ordinal of the first one; anything but the next free ordinal is a repeat and ignored."""
     prompts: list[Issued]
     cursor: bytes = b""
     ended: bool = False
     """Lane train: there are no more. Lane eval: this was the last part of the set."""
-    version: int = 0
+    version: Count = 0
     """Lane eval: the version to evaluate."""
 
 
@@ -249,8 +250,8 @@ class Evaluated(Message, frozen=True, kw_only=True):
 class EvaluationSeen(Message, frozen=True, kw_only=True):
     """Evaluator to buffer: logged; need not be delivered again."""
 
-    version: int
-    incarnation: int
+    version: Count
+    incarnation: Count
 
 
 # Trainer.
@@ -272,16 +273,16 @@ class BatchPart(Message, frozen=True, kw_only=True):
 class Trained(Message, frozen=True, kw_only=True):
     """Trainer to buffer: the batch's groups may settle."""
 
-    batch: int
-    incarnation: int
-    step: int
+    batch: Count
+    incarnation: Count
+    step: Count
     """Optimizer steps done."""
     digest: str
     """Of the weights after it."""
-    started: float
+    started: Seconds
     """Unix seconds."""
-    ended: float
-    tokens: int = 0
+    ended: Seconds
+    tokens: Count = 0
     """Response tokens trained."""
 
 
@@ -306,21 +307,21 @@ class Retire(Message, frozen=True, kw_only=True):
 class Swapped(Message, frozen=True, kw_only=True):
     """Generator to buffer: how a push went here."""
 
-    version: int
-    incarnation: int
-    pause_s: float
-    transfer_s: float
-    aborted: int
-    recomputed_tokens: int
+    version: Count
+    incarnation: Count
+    pause_s: Seconds
+    transfer_s: Seconds
+    aborted: Count
+    recomputed_tokens: Count
 
 
 class Saved(Message, frozen=True, kw_only=True):
     """Trainer to buffer: a checkpoint directory is complete."""
 
-    rollout_step: int
-    incarnation: int
+    rollout_step: Count
+    incarnation: Count
     path: str
-    step: int
+    step: Count
 
 
 class Committed(Message, frozen=True, kw_only=True):

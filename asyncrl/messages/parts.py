@@ -8,7 +8,17 @@ from typing import TypeVar
 import msgspec
 
 from asyncrl.errors import ProtocolError
-from asyncrl.messages.sample import Lane, Prompt, Sample, Score, Segment, Status, assemble
+from asyncrl.messages.numbers import Count, CountOrNone
+from asyncrl.messages.sample import (
+    Lane,
+    Prompt,
+    Sample,
+    Score,
+    Segment,
+    Status,
+    assemble,
+    check_segment,
+)
 
 Body = Prompt | Segment | Score
 T = TypeVar("T")
@@ -21,18 +31,18 @@ class GroupParts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     `scored` is set.
     """
 
-    group_id: int
+    group_id: Count
     lane: Lane = Lane.TRAIN
-    issue_version: int = 0
+    issue_version: CountOrNone = 0
     """Version the group's first lease was given for."""
-    indices: list[int]
+    indices: list[Count]
     """Positions of the samples in the group."""
     statuses: list[Status]
-    segments: list[int]
+    segments: list[Count]
     """Frames of each sample's response so far."""
     scored: bool = False
     """Whether every sample carries a score frame."""
-    removed: list[int] = []
+    removed: list[Count] = []
     """Indices a filter took out of the loss."""
 
     @property
@@ -66,10 +76,21 @@ def leased_bytes(parts: GroupParts, frames: Iterator[bytes]) -> int:
 
 
 def _unpack_group(parts: GroupParts, stream: Iterator[bytes]) -> list[Sample]:
+    if not len(parts.indices) == len(parts.statuses) == len(parts.segments):
+        raise ProtocolError(
+            f"group {parts.group_id}: {len(parts.indices)} indices, {len(parts.statuses)} statuses and "
+            f"{len(parts.segments)} counts of segments; one each per sample is needed"
+        )
     prompt = _decode(_next(stream), Prompt)
+    if len(prompt.tokens) % 4:
+        raise ProtocolError(
+            f"group {parts.group_id}: {len(prompt.tokens)} bytes of prompt tokens are no int32 array"
+        )
     samples = []
     for index, status, num_segments in zip(parts.indices, parts.statuses, parts.segments, strict=True):
         segments = [_decode(_next(stream), Segment) for _ in range(num_segments)]
+        for segment in segments:
+            check_segment(segment, where=f"sample {parts.group_id}.{index}")
         score = _decode(_next(stream), Score) if parts.scored else None
         if score is not None and index in parts.removed:
             score = msgspec.structs.replace(score, remove_sample=True)
@@ -97,5 +118,6 @@ def _next(stream: Iterator[bytes]) -> bytes:
 def _decode(frame: bytes, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(frame, type=kind)
-    except msgspec.DecodeError as error:
+    # As in `codec`: UnicodeDecodeError and RecursionError are the writer's fault, too.
+    except Exception as error:
         raise ProtocolError(f"a body is not a {kind.__name__}: {error}") from error

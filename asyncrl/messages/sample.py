@@ -16,6 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncrl.errors import ProtocolError
+from asyncrl.messages.numbers import Count
+
 Tokens = NDArray[np.int32]
 Logprobs = NDArray[np.float32]
 Mask = NDArray[np.uint8]
@@ -58,11 +61,11 @@ class Settled(StrEnum):
 class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`num_tokens` consecutive response tokens that one version of the weights sampled."""
 
-    version: int
+    version: Count
     """Rollout steps trained into those weights; 0 is the initial model."""
-    incarnation: int
+    incarnation: Count
     """Which life of the trainer made them."""
-    num_tokens: int
+    num_tokens: Count
     """Response tokens in the span, at least 1."""
 
 
@@ -102,7 +105,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """int16 [rows, L, K]: the K experts that each of the L mixture-of-experts layers sent a token to, one row
     for every token whose forward pass sampled the next one: P + R - 1 rows in a first segment, R in a later
     one. Empty where nobody recorded it."""
-    routed_top_k: int = 0
+    routed_top_k: Count = 0
     """K; L follows from it and from the number of rows."""
 
     @property
@@ -196,6 +199,22 @@ def logprobs_of(data: bytes) -> Logprobs:
 def mask_of(data: bytes) -> Mask:
     """Read-only uint8 view [T] of a packed mask."""
     return np.frombuffer(data, dtype="u1")
+
+
+def check_segment(segment: Segment, *, where: str) -> None:
+    """Accept a segment whose packed arrays belong together. Raises ProtocolError beginning with `where`."""
+    count, rest = divmod(len(segment.tokens), 4)
+    problem = ""
+    if rest:
+        problem = f"{len(segment.tokens)} bytes of tokens are no int32 array"
+    elif len(segment.logprobs) != 4 * count:
+        problem = f"{len(segment.logprobs)} bytes of log-probs for {count} tokens; 4 each are needed"
+    elif len(segment.loss_mask) not in {0, count}:
+        problem = f"a mask of {len(segment.loss_mask)} for {count} tokens; one each, or none at all"
+    elif sum(span.num_tokens for span in segment.spans) != count:
+        problem = f"spans of {sum(span.num_tokens for span in segment.spans)} tokens for {count}"
+    if problem:
+        raise ProtocolError(f"{where}: {problem}")
 
 
 def merge_spans(spans: list[Span]) -> list[Span]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncrl.messages.numbers import Count
+
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where one tensor lies in a version's bytes."""
 
     name: str
     """Hugging Face parameter name."""
-    shape: list[int]
+    shape: list[Count]
     dtype: str
     """Name of the torch dtype: "float32", "bfloat16", ..."""
-    offset: int
+    offset: Count
     """Bytes from the start, a multiple of 64."""
-    num_bytes: int
+    num_bytes: Count
     digest: str
     """xxh3-128 of the bytes, hex."""
 
@@ -24,15 +26,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One published version. `digest` covers every tensor's name, shape, dtype and digest, in order."""
 
     run_id: str
-    version: int
+    version: Count
     """Rollout steps trained into these weights; 0 is the initial model."""
-    incarnation: int
+    incarnation: Count
     """Which life of the trainer made them; 1 is the first."""
-    step: int
+    step: Count
     """Optimizer steps trained into these weights."""
     digest: str
     """xxh3-128, hex."""
-    num_bytes: int
+    num_bytes: Count
     tensors: list[TensorEntry]
     path: str = ""
     """File that holds the bytes, for receivers on the publisher's host (carrier `shm`)."""

@@ -45,6 +45,10 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Response tokens the buffer received."""
     trained_tokens: int
     """Response tokens trained."""
+    lengths: str = ""
+    """Lengths generated and trained, in words."""
+    tokens_dropped: dict[str, int] = {}
+    """Response tokens thrown away, by reason."""
     reward_first: float | None = None
     """Mean raw reward of the first batch."""
     reward_last: float | None = None
@@ -124,6 +128,8 @@ def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
         ("steps", _steps(summary)),
         ("samples", Text(f"{summary.num_samples:,} trained")),
         ("tokens", _tokens(summary)),
+        ("dropped", _dropped(summary)),
+        ("lengths", Text(summary.lengths)),
         ("reward", _change(summary.reward_first, summary.reward_last)),
         ("accuracy", _change(summary.accuracy_before, summary.accuracy_after)),
         ("exported", _exported(summary)),
@@ -146,6 +152,11 @@ def _tokens(summary: RunSummary) -> Text:
     rate = summary.generated_tokens / summary.wall_s if summary.wall_s > 0 else None
     words = f"{short(summary.generated_tokens)} generated, {short(summary.trained_tokens)} trained"
     return Text.assemble(words, (f"  {short(rate)} tok/s", "dim"))
+
+
+def _dropped(summary: RunSummary) -> Text:
+    parts = [f"{short(tokens)} {reason}" for reason, tokens in summary.tokens_dropped.items() if tokens]
+    return Text(f"{', '.join(parts)} tokens" if parts else "")
 
 
 def _change(before: float | None, after: float | None) -> Text:

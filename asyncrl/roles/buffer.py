@@ -21,23 +21,33 @@ from asyncrl.actor.base import SCHEMA, Actor, Context
 from asyncrl.buffer.config import ledger_config
 from asyncrl.buffer.delivery import Courier
 from asyncrl.buffer.desk import Desk
+from asyncrl.buffer.gate import check_hello
 from asyncrl.buffer.ledger import TICK_S, Ledger
+from asyncrl.buffer.lengths import tokens_dropped
 from asyncrl.buffer.members import Members
 from asyncrl.buffer.pump import Pump
 from asyncrl.buffer.restore import release_all, restore
 from asyncrl.buffer.settled import settled
-from asyncrl.buffer.states import Outgoing, Transaction
+from asyncrl.buffer.states import Outgoing, Transaction, WorkerRecord
 from asyncrl.buffer.store import Store
-from asyncrl.errors import ExitCode, RunError
-from asyncrl.link import Delivery, PeerGone, ServerLink, bind
+from asyncrl.errors import ExitCode, ProtocolError, RunError
+from asyncrl.link import Complaints, Delivery, PeerGone, ServerLink, bind, shown
 from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
 from asyncrl.obs.log import group_line
-from asyncrl.obs.view import PhaseUpdate, QueueUpdate
+from asyncrl.obs.view import NoteUpdate, PhaseUpdate, QueueUpdate
 
 SWITCH_S = 0.0005
 """Longest wait of one of the buffer's two threads for the other, in its own process."""
+MAX_WORKERS = 4096
+"""Workers at the desk at once."""
+MAX_REASON = 500
+"""Characters of a complaint in the log; a peer may have written them."""
+ONLY_ONE = ("source", "trainer", "evaluator")
+"""Roles that a run has at most one actor of."""
+OLD = 2
+"""A group is old that is unfinished after so many times max_staleness + 1 batches."""
 GC_THRESHOLD = (50_000, 20, 50)
 """When the cycle collector runs there; Python's own default is (700, 10, 10)."""
 
@@ -57,11 +67,13 @@ class BufferRole(Actor):
         self.members = Members(self.ledger, run_id=self.plan.topology.run.name)
         self.pump = Pump(self.ledger)
         self.desk = Desk(self.ledger, self.members)
+        self._complaints = Complaints()
         self._changed = asyncio.Event()
         self._link: ServerLink | None = None
         self._store: Store | None = None
         self._courier: Courier | None = None
         self._told_end = False
+        self._starving = ""
 
     @property
     def store(self) -> Store:
@@ -90,9 +102,7 @@ class BufferRole(Actor):
             receives=ToBuffer,
             security=self.context.key,
             hub=self.context.hub,
-            on_malformed=lambda peer, why: self.log.warning(
-                "malformed", peer=peer.decode(errors="replace"), why=why
-            ),
+            on_malformed=lambda peer, why: self._complain("malformed", peer, why),
         )
 
     async def begin(self) -> None:
@@ -118,14 +128,30 @@ class BufferRole(Actor):
             return
         worker = self.ledger.fleet.workers.get(peer)
         if worker is None:
+            self._complain("unknown", peer, f"{type(message).__name__} without a hello")
             await self._refuse(
                 peer, "say hello first: this desk does not know you (it may have been restarted)"
             )
             return
         worker.last_seen = now
+        try:
+            self.desk.take(worker, message, delivery.frames, now)
+        except ProtocolError as error:
+            await self._expel(worker, str(error), now)
+            return
         if isinstance(message, control.Want) and message.kind is Kind.TRAIN and self._courier is not None:
             self._courier.credit(message.num_bytes)
-        self.desk.take(worker, message, delivery.frames, now)
+
+    async def _expel(self, worker: WorkerRecord, reason: str, now: float) -> None:
+        """It does not speak our language: what it holds goes to others, and it is told why."""
+        self._complain("expelled", worker.peer, f"{worker.name}: {reason}")
+        self.members.expel(worker, reason, now)
+        await self._refuse(worker.peer, f"{worker.name} broke the protocol: {reason}")
+
+    def _complain(self, what: str, peer: bytes, why: str) -> None:
+        left_out = self._complaints.admit(time.monotonic())
+        if left_out is not None:
+            self.log.warning(what, peer=shown(peer), why=why[:MAX_REASON], left_out=left_out)
 
     async def _hello(self, peer: bytes, hello: control.Hello, now: float) -> None:
         if hello.protocol != PROTOCOL or hello.schema != SCHEMA:
@@ -134,7 +160,28 @@ class BufferRole(Actor):
                 peer, f"{hello.name} runs other code than this run ({text}); install the same version"
             )
             return
+        problem = check_hello(hello) or self._stranger(peer, hello)
+        if problem:
+            self._complain("unwelcome", peer, problem)
+            await self._refuse(peer, f"hello refused: {problem}")
+            return
         self.members.join(peer, hello, now)
+
+    def _stranger(self, peer: bytes, hello: control.Hello) -> str:
+        """Why this peer cannot be who it says it is; empty when it can."""
+        if peer != f"{hello.name}.{hello.incarnation}".encode():
+            return f"its connection has the identity {shown(peer)}, not its name and incarnation"
+        planned = [
+            process.name if number == 0 else role
+            for process in self.plan.processes
+            for number, role in enumerate(process.roles)
+            if role == hello.role
+        ]
+        if hello.role in ONLY_ONE and hello.name not in planned:
+            return f"the {hello.role} of this run is called {', '.join(planned) or 'nothing: there is none'}"
+        if len(self.ledger.fleet.workers) >= MAX_WORKERS and peer not in self.ledger.fleet.workers:
+            return f"{MAX_WORKERS} workers are here already"
+        return ""
 
     async def _refuse(self, peer: bytes, reason: str) -> None:
         assert self._link is not None
@@ -170,10 +217,33 @@ class BufferRole(Actor):
         self.gauges |= {"queue/tickets_used": used, "queue/tickets_free": free}
         for reason in Settled:
             self.gauges[f"ledger/settled/{reason}"] = self.ledger.book.totals[f"settled.{reason}.groups"]
+        await self._show_lengths()
         self.metrics.write(self.gauges, step=self.ledger.batches.num_trained)
         await self.tell(
             QueueUpdate(counts=counts, tickets_used=used, tickets_total=self.ledger.batches.tickets)
         )
+
+    async def _show_lengths(self) -> None:
+        """Gauges of lengths and of tokens thrown away; a warning when long answers begin to starve."""
+        ledger = self.ledger
+        oldest = ledger.book.oldest_unfinished()
+        age = 0 if oldest is None else max(0, ledger.batches.next_batch - oldest.version)
+        self.gauges |= ledger.lengths.metrics()
+        self.gauges["lengths/oldest_group_batches"] = age
+        self.gauges["lengths/oldest_group_s"] = 0.0 if oldest is None else time.time() - oldest.created_at
+        dropped = tokens_dropped(ledger.book.totals)
+        self.gauges |= {f"tokens_dropped/{reason}": tokens for reason, tokens in dropped.items()}
+        words = ledger.lengths.concern(
+            oldest_batches=age,
+            patience=OLD * (ledger.config.max_staleness + 1),
+            on_straggler=ledger.config.on_straggler,
+        )
+        if words and not self._starving:
+            self.log.warning(words)
+            await self.tell(NoteUpdate(text=words))
+        elif self._starving and not words:
+            self.log.info("long answers are trained again as they come")
+        self._starving = words
 
     async def _commit(self) -> None:
         """consumes: the ledger's transactions    waits for: events, the disk    produces: every message"""
@@ -189,7 +259,9 @@ class BufferRole(Actor):
                 continue
             began = time.monotonic()
             with self.waits("disk"):
-                outgoing = await self.compute(functools.partial(self._execute, transaction))
+                # Looked up here: the thread may not read what the event loop changes meanwhile.
+                evaluator = self.ledger.fleet.only("evaluator")
+                outgoing = await self.compute(functools.partial(self._execute, transaction, evaluator))
             self.gauges["buffer/commit_s"] = time.monotonic() - began
             for item, frames in outgoing:
                 await self._post(item, frames)
@@ -198,7 +270,9 @@ class BufferRole(Actor):
     def _courier_has_work(self) -> bool:
         return self._courier is not None and self._courier.has_work
 
-    def _execute(self, transaction: Transaction) -> list[tuple[Outgoing, list[bytes]]]:
+    def _execute(
+        self, transaction: Transaction, evaluator: WorkerRecord | None
+    ) -> list[tuple[Outgoing, list[bytes]]]:
         """On the compute thread: write, then read what the messages carry."""
         assert self._courier is not None
         self.store.write(transaction)
@@ -219,7 +293,6 @@ class BufferRole(Actor):
         outgoing = [(item, self.store.read(item.bodies)) for item in transaction.sends]
         for peer, batch in transaction.deliver:
             self._courier.queue_batch(peer, batch)
-        evaluator = self.ledger.fleet.only("evaluator")
         if evaluator is not None:
             for version, incarnation in transaction.evaluated:
                 self._courier.queue_evaluation(evaluator.peer, version, incarnation)

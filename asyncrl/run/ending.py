@@ -13,6 +13,7 @@ import msgspec
 from rich.console import Console
 
 from asyncrl.buffer.audit import audit
+from asyncrl.buffer.lengths import in_words, of_records, tokens_dropped
 from asyncrl.buffer.records import Records
 from asyncrl.errors import ExitCode, StorageError
 from asyncrl.obs.metrics import MetricsWriter
@@ -103,6 +104,8 @@ def summarise(
         num_samples=_trained_samples(records),
         generated_tokens=figures.received_tokens,
         trained_tokens=figures.trained_tokens,
+        lengths=in_words(of_records(records.db)),
+        tokens_dropped=tokens_dropped(records.totals()),
         reward_first=rewards[0] if rewards else None,
         reward_last=rewards[-1] if rewards else None,
         accuracy_before=means[versions[0]] if versions and versions[0] == 0 else None,

@@ -6,9 +6,11 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+from asyncrl.buffer.lengths import in_words, of_records, tokens_dropped
+
 
 def overview(run_dir: Path) -> dict[str, Any]:
-    """Steps, versions, evaluations, samples by state, open leases, tokens; empty without records."""
+    """Steps, versions, evaluations, samples by state, open leases, tokens, lengths; empty without records."""
     path = run_dir / "buffer.db"
     if not path.exists():
         return {}
@@ -23,6 +25,8 @@ def overview(run_dir: Path) -> dict[str, Any]:
                     db, "select worker, count(*) from leases where ended_at is null group by worker"
                 ),
                 "tokens": _tokens(db),
+                "lengths": in_words(of_records(db)),
+                "dropped": _dropped(db),
             }
         except sqlite3.OperationalError:
             return {}  # the tables are being made
@@ -55,6 +59,12 @@ def _evaluations(db: sqlite3.Connection) -> str:
         " where g.reason = 'evaluated' group by g.version order by g.version"
     )
     return ", ".join(f"v{version} {mean:.3f}" for version, mean in rows)
+
+
+def _dropped(db: sqlite3.Connection) -> str:
+    """Tokens thrown away, by reason."""
+    dropped = tokens_dropped(dict(db.execute("select key, value from totals").fetchall()))
+    return ", ".join(f"{tokens} {reason}" for reason, tokens in dropped.items() if tokens)
 
 
 def _tokens(db: sqlite3.Connection) -> str:
