@@ -1,4 +1,4 @@
-"""What the supervisor answers to `attach`, `detach` and `status`: pure functions of the roster."""
+"""What the supervisor answers to `attach`, `detach` and `status`, and says of a stall: pure functions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.actor.roster import MemberState, Roster, State
+from asyncrl.errors import StalledError
 from asyncrl.messages.control import PROTOCOL
 from asyncrl.messages.supervision import AttachReply, AttachRequest, DetachRequest, Drain, Reply, Stop
 from asyncrl.obs.view import MemberUpdate
@@ -63,6 +64,14 @@ def detach(roster: Roster, request: DetachRequest) -> tuple[Reply, Drain | Stop 
 def describe(roster: Roster, reports: Mapping[str, MemberUpdate]) -> list[dict[str, Any]]:
     """Every member as plain data."""
     return [_row(member, reports.get(member.name)) for member in roster.members.values()]
+
+
+def stalled(reports: Mapping[str, MemberUpdate], stall_s: float) -> StalledError:
+    """The end of a run in which nothing moves: who waits for what."""
+    waits = [
+        f"{r.name} waits {r.waits_for_s:.0f} s for {r.waits_for}" for r in reports.values() if r.waits_for
+    ]
+    return StalledError(f"no rollout step for {stall_s:.0f} s (run.stall_s); " + "; ".join(waits))
 
 
 def _row(member: MemberState, report: MemberUpdate | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from asyncrl.buffer.restore import release_all, restore
 from asyncrl.buffer.settled import settled
 from asyncrl.buffer.states import Outgoing, Transaction
 from asyncrl.buffer.store import Store
-from asyncrl.errors import ExitCode, RunError
+from asyncrl.errors import ExitCode, NothingToTrainError
 from asyncrl.link import Delivery, PeerGone, ServerLink, bind
 from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
@@ -54,7 +54,7 @@ class BufferRole(Actor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.ledger = Ledger(ledger_config(self.plan))
-        self.members = Members(self.ledger, run_id=self.plan.topology.run.name)
+        self.members = Members(self.ledger, run_id=self.plan.topology.run.name, life=context.incarnation)
         self.pump = Pump(self.ledger)
         self.desk = Desk(self.ledger, self.members)
         self._changed = asyncio.Event()
@@ -62,6 +62,8 @@ class BufferRole(Actor):
         self._store: Store | None = None
         self._courier: Courier | None = None
         self._told_end = False
+        self._came: list[bytes] = []
+        """Trainers that said hello since the last commit: what was on its way to them was not for now."""
 
     @property
     def store(self) -> Store:
@@ -118,9 +120,7 @@ class BufferRole(Actor):
             return
         worker = self.ledger.fleet.workers.get(peer)
         if worker is None:
-            await self._refuse(
-                peer, "say hello first: this desk does not know you (it may have been restarted)"
-            )
+            await self._answer(peer, control.HelloAgain(desk=self.context.incarnation))
             return
         worker.last_seen = now
         if isinstance(message, control.Want) and message.kind is Kind.TRAIN and self._courier is not None:
@@ -130,16 +130,18 @@ class BufferRole(Actor):
     async def _hello(self, peer: bytes, hello: control.Hello, now: float) -> None:
         if hello.protocol != PROTOCOL or hello.schema != SCHEMA:
             text = f"protocol {hello.protocol} schema {hello.schema}, here {PROTOCOL} and {SCHEMA}"
-            await self._refuse(
-                peer, f"{hello.name} runs other code than this run ({text}); install the same version"
-            )
+            reason = f"{hello.name} runs other code than this run ({text}); install the same version"
+            await self._answer(peer, Refused(reason=reason))
             return
         self.members.join(peer, hello, now)
+        if hello.role == "trainer":
+            self._came.append(peer)
 
-    async def _refuse(self, peer: bytes, reason: str) -> None:
+    async def _answer(self, peer: bytes, message: control.Message) -> None:
+        """Say something that rests on no commit."""
         assert self._link is not None
         with contextlib.suppress(PeerGone):
-            await self._link.send(peer, Refused(reason=reason))
+            await self._link.send(peer, message)
 
     async def on_control(self, message: Any) -> None:
         if isinstance(message, MemberLost):
@@ -183,7 +185,7 @@ class BufferRole(Actor):
             self._changed.clear()
             self.pump.run(time.time())
             if self.ledger.failure:
-                raise RunError(self.ledger.failure)
+                raise NothingToTrainError(self.ledger.failure)
             transaction = self.ledger.book.take()
             if transaction.empty and not self._courier_has_work():
                 continue
@@ -201,6 +203,9 @@ class BufferRole(Actor):
     def _execute(self, transaction: Transaction) -> list[tuple[Outgoing, list[bytes]]]:
         """On the compute thread: write, then read what the messages carry."""
         assert self._courier is not None
+        came, self._came = self._came, []
+        for peer in came:
+            self._courier.forget(peer)
         self.store.write(transaction)
         for group in settled(self.store.db, transaction):
             group_line(
