@@ -8,6 +8,7 @@
         +-- StorageError             the ledger or a body could not be written or read
         +-- ProtocolError            a peer speaks another protocol, or breaks it
         +-- NumericsError            NaN or Inf in a loss or a gradient
+        +-- NothingToTrainError      the filters refuse every group, or every group fails
         +-- RewardError              a reward hung, crashed or returned something that is not a reward
         +-- WeightsError             a version's bytes are missing or do not have its digest
         +-- StalledError             a wait ran past its deadline; says what it waited for
@@ -33,12 +34,15 @@ class AsyncrlError(Exception):
     """Base of every error whose text is meant for the operator."""
 
     exit_code = ExitCode.FAILED
+    final = False
+    """Whether the same process, started again, would end the same way."""
 
 
 class ConfigError(AsyncrlError):
     """A topology, an option or a file it names cannot be used. `problems` holds one line each."""
 
     exit_code = ExitCode.CONFIG
+    final = True
 
     def __init__(self, *problems: str) -> None:
         self.problems = list(problems)
@@ -54,7 +58,9 @@ class RunError(AsyncrlError):
 
 
 class DataError(RunError):
-    """A prompt file or a model directory is missing, empty or malformed."""
+    """A prompt file or a model directory is missing, empty or malformed; a batch cannot be trained."""
+
+    final = True
 
 
 class StorageError(RunError):
@@ -66,7 +72,15 @@ class ProtocolError(RunError):
 
 
 class NumericsError(RunError):
-    """NaN or Inf in a loss or a gradient."""
+    """NaN or Inf in a loss or a gradient: the recorded batch would give it again."""
+
+    final = True
+
+
+class NothingToTrainError(RunError):
+    """Group after group is refused or fails: a buffer that starts again would see the same."""
+
+    final = True
 
 
 class RewardError(RunError):

@@ -179,9 +179,10 @@ class Actor:
     async def _last_words(self, error: BaseException) -> None:
         code = error.exit_code if isinstance(error, AsyncrlError) else ExitCode.FAILED
         text = str(error) if isinstance(error, AsyncrlError) else f"{type(error).__name__}: {error}"
+        final = isinstance(error, AsyncrlError) and error.final
         # The supervisor may be what failed; our own error is the one to report.
         with contextlib.suppress(AsyncrlError, OSError):
-            await self._say(Exiting(name=self.name, code=int(code), message=text))
+            await self._say(Exiting(name=self.name, code=int(code), message=text, final=final))
 
     async def _end(self) -> None:
         self.state = "left"

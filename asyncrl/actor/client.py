@@ -1,9 +1,19 @@
-"""An actor that dials the buffer: hello, heartbeats, one reader loop, and the way to say something."""
+"""An actor that dials the buffer: hello, heartbeats, one reader loop, and the way to say something.
+
+The desk may die and come back, or give this actor up for dead; both show when it answers with HelloAgain. A
+lost connection, with which messages may be lost, shows in the link's count of them. Then:
+
+    talking -> greeting (Hello with what we hold; `send` waits) -Welcome-> `restate` -> talking
+
+Nothing is lost that way, because a role keeps whatever is not acknowledged and says it again in `restate`;
+nothing is taken twice, because the desk knows results by fence and offset, batches and versions by number.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -11,12 +21,26 @@ import msgspec
 
 from asyncrl.actor.base import LAST_WORDS_S, Actor, Context
 from asyncrl.errors import ProtocolError, StalledError
-from asyncrl.link import ClientLink, Delivery, LinkClosed, connect
+from asyncrl.link import ClientLink, LinkClosed, connect
 from asyncrl.messages.codec import Body
-from asyncrl.messages.control import Finish, FromBuffer, Goodbye, Heartbeat, Refused, Welcome
+from asyncrl.messages.control import (
+    Finish,
+    FromBuffer,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HelloAgain,
+    Refused,
+    Welcome,
+)
 
 WELCOME_DEADLINE_S = 60.0
-"""How long an actor waits for the buffer's answer to its hello."""
+"""How long an actor waits for the buffer's answer to its first hello."""
+HELLO_AGAIN_S = 5.0
+"""A hello that has no answer by then is said again: it may have been lost with a connection."""
+
+Statement = tuple[msgspec.Struct, Sequence[Body]]
+"""A message with its bodies."""
 
 
 class DeskActor(Actor):
@@ -26,19 +50,52 @@ class DeskActor(Actor):
         super().__init__(context)
         self._desk: ClientLink | None = None
         self._welcome: Welcome | None = None
+        self._talking = asyncio.Event()
+        self._conversation = 0
+        """Counts welcomes; what waits to be said when another one comes has been said by `restate`."""
+        self._greeted = ""
+        """The desk's life that we have said hello to and that has not answered; empty while talking."""
+        self._greeted_at = 0.0
+        self._hellos = 0
+        """Hellos said; a welcome to any but the last one is not for now."""
+        self._cuts = 0
+        """Lost connections that we know of."""
+        self._reading = False
+        """Whether the reader loop runs: before that nobody would take a further welcome."""
         self.version: tuple[int, int] = (-1, 0)
         """(version, incarnation) it serves; named in every heartbeat."""
 
+    # What a role overrides.
+
     async def on_welcome(self, welcome: Welcome) -> None:
-        """The buffer has answered the hello."""
+        """The buffer has answered the first hello."""
+
+    def introduce(self, hello: Hello) -> Hello:
+        """The hello to a desk that does not know us (any more): with the leases we hold, our place."""
+        return hello
+
+    def restate(self, welcome: Welcome) -> list[Statement]:
+        """What to say after a further welcome: all credit there is, and whatever is not acknowledged.
+
+        The desk has forgotten former credit, and charges for nothing that the hello named. Must not wait;
+        what the role was about to send at this moment is not sent.
+        """
+        del welcome
+        return []
 
     async def handle(self, message: Any, frames: list[bytes]) -> None:
-        """A message from the buffer other than Welcome, Refused and Finish. Must not block."""
+        """A message from the buffer other than Welcome, Refused and Finish. Must neither block nor `send`."""
 
     async def on_finish(self, message: Finish) -> None:
         """The run is over."""
         del message
         self.leave()
+
+    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
+        """The role's own loops."""
+        return []
+
+    # The conversation.
 
     async def begin(self) -> None:
         self._desk = connect(
@@ -50,53 +107,118 @@ class DeskActor(Actor):
         )
         await self._desk.send(self.hello())
         with self.waits("welcome"):
-            delivery = await self._first_answer(self._desk)
-        if isinstance(delivery.message, Refused):
-            raise ProtocolError(f"{self.name}: the buffer refused us: {delivery.message.reason}")
-        assert isinstance(delivery.message, Welcome)
-        self._welcome = delivery.message
+            self._welcome = await self._first_answer(self._desk)
+        self._talking.set()
 
     async def ready(self) -> None:
         assert self._welcome is not None, "the buffer has answered"
         await self.on_welcome(self._welcome)
 
-    async def _first_answer(self, desk: ClientLink) -> Delivery:
+    async def _first_answer(self, desk: ClientLink) -> Welcome:
+        """The welcome; a desk that dies meanwhile is greeted again when it is back."""
+        receiving = asyncio.ensure_future(desk.recv())
+        ends = time.monotonic() + WELCOME_DEADLINE_S
+        every_s = self.plan.topology.run.heartbeat_s
         try:
-            async with asyncio.timeout(WELCOME_DEADLINE_S):
-                return await desk.recv()
-        except TimeoutError:
-            raise StalledError(
-                f"{self.name}: the buffer at {self.context.desk_address} did not answer in "
-                f"{WELCOME_DEADLINE_S:.0f} s"
-            ) from None
+            while time.monotonic() < ends:
+                if not (await asyncio.wait([receiving], timeout=every_s))[0]:
+                    await self.beat()
+                    continue
+                message = receiving.result().message
+                receiving = asyncio.ensure_future(desk.recv())
+                match message:
+                    case Welcome() if message.number == self._hellos:
+                        self._greeted = ""
+                        return message
+                    case Refused():
+                        raise self._refusal(message)
+                    case HelloAgain():
+                        await self._greet(message.desk)
+        finally:
+            receiving.cancel()
+        raise StalledError(
+            f"{self.name}: the buffer at {self.context.desk_address} did not answer in "
+            f"{WELCOME_DEADLINE_S:.0f} s"
+        )
 
     def loops(self) -> Sequence[Coroutine[Any, Any, None]]:
         return [self._read_desk(), *self.work()]
 
-    def work(self) -> Sequence[Coroutine[Any, Any, None]]:
-        """The role's own loops."""
-        return []
-
     async def send(self, message: msgspec.Struct, frames: Sequence[Body] = ()) -> None:
-        """Say something to the buffer."""
+        """Say something to the buffer.
+
+        While the desk is greeted again this waits, and then drops the message: `restate` has said it.
+        """
+        await self.say((message, frames))
+
+    async def say(self, *statements: Statement) -> None:
+        """Several messages of which `restate` says all or none: once it has run, the rest is dropped."""
         assert self._desk is not None, "not connected yet"
-        await self._desk.send(message, frames)
+        conversation = self._conversation
+        for message, frames in statements:
+            if not self._talking.is_set():
+                with self.waits("desk"):
+                    await self._talking.wait()
+            if conversation != self._conversation:
+                return
+            await self._desk.send(message, frames)
 
     async def _read_desk(self) -> None:
         """consumes: everything the buffer says    waits for: the buffer    produces: calls of `handle`"""
         assert self._desk is not None
+        self._reading = True
         while True:
             delivery = await self._desk.recv()
             match delivery.message:
+                case Welcome():
+                    if delivery.message.number == self._hellos:
+                        await self._resume(delivery.message)
+                case HelloAgain():
+                    await self._greet(delivery.message.desk)
                 case Finish():
                     await self.on_finish(delivery.message)
                 case Refused():
-                    raise ProtocolError(f"{self.name}: the buffer refused us: {delivery.message.reason}")
+                    raise self._refusal(delivery.message)
                 case _:
                     await self.handle(delivery.message, delivery.frames)
 
+    def _refusal(self, message: Refused) -> ProtocolError:
+        return ProtocolError(f"{self.name}: the buffer refused us: {message.reason}")
+
+    async def _greet(self, life: str) -> None:
+        """Say hello to this life of the desk, unless it has our hello already."""
+        assert self._desk is not None
+        if life == self._greeted:
+            return
+        self._talking.clear()
+        self._greeted, self._greeted_at = life, time.monotonic()
+        self._hellos += 1
+        self.log.info("hello again", desk=life)
+        await self._desk.send(self.introduce(msgspec.structs.replace(self.hello(), number=self._hellos)))
+
+    async def _resume(self, welcome: Welcome) -> None:
+        """Welcome again: state everything anew, then go on."""
+        assert self._desk is not None
+        self._talking.clear()
+        self._conversation += 1
+        self._greeted, self._welcome = "", welcome
+        for message, frames in self.restate(welcome):
+            await self._desk.send(message, frames)
+        self._talking.set()
+
     async def beat(self) -> None:
-        await self.send(Heartbeat(version=self.version[0], incarnation=self.version[1]))
+        """A heartbeat, also to a desk that does not know us: its answer is how we notice."""
+        assert self._desk is not None
+        every_s = self.plan.topology.run.heartbeat_s
+        # A desk that does not read may not keep us from reporting to the supervisor.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(every_s):
+                late = self._greeted and time.monotonic() - self._greeted_at > HELLO_AGAIN_S
+                if self._reading and self._welcome is not None and (self._desk.cuts > self._cuts or late):
+                    # Whether anything was lost, nobody knows; the desk may even be the one we know.
+                    self._greeted, self._cuts = "", self._desk.cuts
+                    await self._greet(self._welcome.desk)
+                await self._desk.send(Heartbeat(version=self.version[0], incarnation=self.version[1]))
 
     async def _end(self) -> None:
         if self._desk is not None:

@@ -7,6 +7,7 @@ on its way without slowing the engine down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ class Outbox:
 
     def __init__(self, send: Callable[[msgspec.Struct, Sequence[bytes]], Awaitable[None]]) -> None:
         self._send = send
-        self._queue: asyncio.Queue[_Item] = asyncio.Queue(maxsize=4 * MAX_REPORTS)
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+        """Bounded by the leased samples, as one report of each may be on its way."""
         self._open: dict[tuple[int, int], SampleReports] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -54,9 +56,21 @@ class Outbox:
             if reports is not None:
                 reports.acknowledged(ack)
 
-    async def put(self, item: _Item) -> None:
+    def put(self, item: _Item) -> None:
         """Queue a report."""
-        await self._queue.put(item)
+        self._queue.put_nowait(item)
+
+    def again(self) -> list[tuple[Reports, list[bytes]]]:
+        """Messages with every report that is not acknowledged; none of them is queued any more."""
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        items = [item for reports in self._open.values() if (item := reports.in_flight) is not None]
+        return [_message(items[at : at + MAX_REPORTS]) for at in range(0, len(items), MAX_REPORTS)]
+
+    @property
+    def fences(self) -> list[int]:
+        """Of the leases whose samples are not handed in yet."""
+        return sorted({fence for fence, _ in self._open})
 
     def forget(self, fence: int, index: int) -> None:
         """The last report of a sample is acknowledged."""
@@ -70,15 +84,14 @@ class Outbox:
             items = [await self._queue.get()]
             while len(items) < MAX_REPORTS and not self._queue.empty():
                 items.append(self._queue.get_nowait())
-            await self._send(Reports(reports=[i.report for i in items]), [i.frame for i in items])
+            await self._send(*_message(items))
 
     async def drained(self) -> None:
         """Wait until everything is acknowledged, for at most DRAIN_S."""
-        try:
+        # What is not acknowledged then counts as lost with us, as after a kill.
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
                 await self._empty.wait()
-        except TimeoutError:
-            return  # what is not acknowledged counts as lost with us, as after a kill
 
 
 class SampleReports:
@@ -89,26 +102,28 @@ class SampleReports:
         self._fence, self._group_id, self._index = fence, group_id, index
         self._offset = offset
         self._gathered: list[Segment] = []
-        self._in_flight = False
-        self._last = False
+        self.in_flight: _Item | None = None
+        """The report that is not acknowledged."""
         self._free = asyncio.Event()
         self._free.set()
+        self._refused = False
+        """The lease is not ours any more: nothing further is handed in."""
 
     async def report(self, segment: Segment, status: Status, reason: str = "") -> None:
         """Hand in tokens; progress waits for its turn without holding the engine up."""
         if segment.num_tokens or segment.metadata:
             self._gathered.append(segment)
         if status is Status.PENDING:
-            if self._gathered and not self._in_flight:
-                await self._put(status, "")
+            if self._gathered and self.in_flight is None and not self._refused:
+                self._put(status, "")
             return
         await self._free.wait()
-        await self._put(status, reason)
+        if not self._refused:
+            self._put(status, reason)
 
-    async def _put(self, status: Status, reason: str) -> None:
+    def _put(self, status: Status, reason: str) -> None:
         segment = _join(self._gathered)
         self._gathered = []
-        self._in_flight, self._last = True, status is not Status.PENDING
         self._free.clear()
         report = Report(
             fence=self._fence,
@@ -122,14 +137,26 @@ class SampleReports:
         )
         frame = msgspec.msgpack.encode(segment) if segment.num_tokens else b""
         self._offset += segment.num_tokens
-        await self._outbox.put(_Item(report, frame))
+        self.in_flight = _Item(report, frame)
+        self._outbox.put(self.in_flight)
 
     def acknowledged(self, ack: Ack) -> None:
-        """The report in flight is committed (or refused: then the lease is not ours any more)."""
-        self._in_flight = False
+        """The report in flight is committed (or refused: then the lease is not ours any more).
+
+        The acknowledgement of an earlier report, which came twice because the report did, changes nothing.
+        """
+        if ack.accepted and (self.in_flight is None or ack.offset < self._offset):
+            return
+        last = self.in_flight is not None and self.in_flight.report.status is not Status.PENDING
+        self.in_flight = None
+        self._refused = not ack.accepted
         self._free.set()
-        if self._last or not ack.accepted:
+        if last or not ack.accepted:
             self._outbox.forget(self._fence, self._index)
+
+
+def _message(items: Sequence[_Item]) -> tuple[Reports, list[bytes]]:
+    return Reports(reports=[item.report for item in items]), [item.frame for item in items]
 
 
 def _join(segments: list[Segment]) -> Segment:

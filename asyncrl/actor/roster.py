@@ -1,4 +1,12 @@
-"""Who belongs to a run, how each one stands, and the rule for starting one again. Pure."""
+"""Who belongs to a run, how each one stands, and the rule for starting one again. Pure.
+
+    how it ended     finished   signal    failed    final   config
+    of our own       expected   restart   restart   fail    fail       (restart: while the budget lasts)
+    attached         expected   expected  expected  expected  expected
+
+"final" is a failure that another try would repeat: the trainer's batch has NaN, the prompt file is malformed,
+the filters refuse everything. A run that is ending expects every end. Time comes in with every call.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +15,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from asyncrl.errors import ExitCode
+from asyncrl.messages.supervision import Exiting
 
-RESTARTABLE = ("generator", "reward", "source")
-"""Roles whose death costs only their current work."""
 FIRST_BACKOFF_S = 0.2
 
 
@@ -22,6 +29,18 @@ class State(StrEnum):
     """Asked to drain or detach."""
     RESTARTING = "restarting"
     GONE = "gone"
+
+
+class Ending(StrEnum):
+    """How a process ended."""
+
+    FINISHED = "finished"
+    """Exit code 0: an actor leaves with it only when the buffer told it that the run is over."""
+    SIGNAL = "signal"
+    FAILED = "failed"
+    FINAL = "final"
+    """An error that another try would repeat."""
+    CONFIG = "config"
 
 
 @dataclass(slots=True)
@@ -38,7 +57,15 @@ class MemberState:
     pid: int = 0
     restarts: int = 0
     last_words: str = ""
+    final: bool = False
+    """Its last words name an error that another try would repeat."""
+    said_why: bool = False
+    """It has said its last words, so that it may be silent while it cleans up."""
     killed_by_us: bool = False
+    heard_at: float = 0.0
+    """When it was started or heard of last, on the clock of `Roster.silent`."""
+    beats: bool = False
+    """Whether it reports regularly by now; before that it loads, which may take long."""
 
 
 class Fate(StrEnum):
@@ -49,6 +76,34 @@ class Fate(StrEnum):
     FAIL = "fail"
 
 
+ROLES = ("source", "generator", "reward", "buffer", "trainer")
+"""Roles that have a process of their own (the evaluator shares the source's)."""
+_POLICY = {
+    Ending.FINISHED: Fate.EXPECTED,
+    Ending.SIGNAL: Fate.RESTART,
+    Ending.FAILED: Fate.RESTART,
+    Ending.FINAL: Fate.FAIL,
+    Ending.CONFIG: Fate.FAIL,
+}
+POLICY = {(role, ending): fate for role in ROLES for ending, fate in _POLICY.items()}
+"""What follows when a process of the run's own ends while the run goes on and its restarts last.
+
+Every role is the same: the buffer and the trainer begin again from what is on disk, the others from the
+leases and the cursor that the buffer has.
+"""
+
+
+def ending_of(code: int, *, final: bool) -> Ending:
+    """How a process with this exit code (negative: a signal) and these last words ended."""
+    if code < 0:
+        return Ending.SIGNAL
+    if code == int(ExitCode.FINISHED):
+        return Ending.FINISHED
+    if code == int(ExitCode.CONFIG):
+        return Ending.CONFIG
+    return Ending.FINAL if final else Ending.FAILED
+
+
 @dataclass
 class Roster:
     """All members, past ones included (a name is used again by its restart)."""
@@ -57,13 +112,57 @@ class Roster:
     members: dict[str, MemberState] = field(default_factory=dict)
     ending: bool = False
     """The run is finishing, draining or failing: an end is what we want."""
+    _last_look: float | None = None
 
-    def join(self, name: str, role: str, incarnation: str, *, attached: bool = False) -> MemberState:
+    def join(
+        self, name: str, role: str, incarnation: str, *, attached: bool = False, now: float = 0.0
+    ) -> MemberState:
         """A process was started (again), or attached."""
         known = self.members.get(name)
-        member = MemberState(name, role, incarnation, attached, restarts=known.restarts if known else 0)
+        member = MemberState(
+            name, role, incarnation, attached, restarts=known.restarts if known else 0, heard_at=now
+        )
         self.members[name] = member
         return member
+
+    def said_why(self, peer: bytes, message: Exiting) -> MemberState | None:
+        """Keep a member's last words; None where they are not from its own connection."""
+        member = self.members.get(message.name)
+        if member is None or member.peer != peer:
+            return None
+        member.last_words, member.final, member.said_why = message.message, message.final, True
+        return member
+
+    def heard(self, name: str, now: float) -> None:
+        """It reported."""
+        member = self.members.get(name)
+        if member is not None:
+            member.heard_at, member.beats = now, True
+
+    def silent(
+        self, now: float, *, every_s: float, dead_after_s: float, start_s: float
+    ) -> list[tuple[MemberState, float]]:
+        """Processes of our own that count as dead, with how long they have been silent.
+
+        Time in which the supervisor itself stood still is not charged to them.
+
+        Args:
+            now: the present time.
+            every_s: how often this is called when nothing is wrong.
+            dead_after_s: silence after which one that reports counts as dead.
+            start_s: how long one may take from its start to its first report.
+        """
+        stood_still = now - self._last_look - 2 * every_s if self._last_look is not None else 0.0
+        self._last_look = now
+        found = []
+        for member in self.present(own=True):
+            member.heard_at += max(0.0, stood_still)
+            silence = now - member.heard_at
+            here = member.state is not State.RESTARTING
+            reports = member.beats and not member.said_why
+            if here and silence > (dead_after_s if reports else start_s):
+                found.append((member, silence))
+        return found
 
     def free_name(self, base: str) -> str:
         """A name nobody has: BASE-0, BASE-1, ..."""
@@ -80,17 +179,16 @@ class Roster:
         """What the end of a process means; marks it gone or restarting."""
         leaving = member.state is State.LEAVING
         member.state = State.GONE
-        # An actor leaves with 0 only when the buffer told it that the run is over.
-        if self.ending or leaving or member.attached or code == int(ExitCode.FINISHED):
+        if self.ending or leaving or member.attached:
             return Fate.EXPECTED
-        hopeless = code == int(ExitCode.CONFIG)
-        by_signal = code < 0
-        restartable = member.role in RESTARTABLE or (member.role == "trainer" and by_signal)
-        if not restartable or (hopeless and not by_signal) or member.restarts >= self.max_restarts:
+        fate = POLICY[member.role, ending_of(code, final=member.final)]
+        if fate is not Fate.RESTART:
+            return fate
+        if member.restarts >= self.max_restarts:
             return Fate.FAIL
         member.state = State.RESTARTING
         member.restarts += 1
-        return Fate.RESTART
+        return fate
 
     def spent(self, member: MemberState) -> str:
         """What a story ends with when no restart is left; empty when there never was one to give."""

@@ -3,13 +3,15 @@
     buffer first (its address is what everybody needs) -> the others -> running -> finished | drained | failed
 
 It owns the control link: hello, telemetry, attach, detach, status. It never sees a sample. A SIGINT drains,
-a second one stops at once; both come in through `drain` and `stop`.
+a second one stops at once; both come in through `drain` and `stop`. A process that ends is reaped before its
+successor starts, and one that falls silent is killed first: there are never two lives of one name.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 import uuid
 from collections.abc import Callable
@@ -19,12 +21,12 @@ from typing import Any
 import msgspec
 import structlog
 
-from asyncrl.actor.base import SCHEMA
+from asyncrl.actor.base import LAST_WORDS_S, SCHEMA
 from asyncrl.actor.launchers import Handle, Launcher
-from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, updates_of
+from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, stalled, updates_of
 from asyncrl.actor.roster import Fate, MemberState, Roster, State, story
-from asyncrl.errors import ExitCode, ProtocolError, StalledError
-from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, shown
+from asyncrl.errors import ExitCode, ProtocolError
+from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, complain
 from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
 from asyncrl.messages.supervision import (
     AttachRequest,
@@ -45,7 +47,9 @@ START_DEADLINE_S = 120.0
 DRAIN_DEADLINE_S = 120.0
 """How long a drain may take: a rollout step and a checkpoint."""
 FINISH_DEADLINE_S = 30.0
-"""How long actors may take to leave once the run has finished."""
+"""How long actors may take to leave once the run has finished, and then again once they were told to stop."""
+LOOK_S = 0.5
+"""How often stalls, silences and deadlines are looked at."""
 
 
 class Supervisor:
@@ -79,16 +83,17 @@ class Supervisor:
         self._address = address
         self._key, self._hub = key, hub
         self._link: ServerLink | None = None
-        self._complaints = Complaints()
+        self._complain = functools.partial(complain, Complaints(), self.log)
         self._buffer = ""
         self._buffer_known = asyncio.Event()
         self._handles: dict[str, Handle] = {}
+        self._said: dict[str, asyncio.Event] = {}
+        """By name: whether its present life has said its last words."""
+        self._deadline = float("inf")
+        """Until when everybody has to have left, once the run drains or has finished."""
         self._over = asyncio.Event()
         self._last_step = time.monotonic()
         self._reports: dict[str, MemberUpdate] = {}
-        self._queue: Any = None
-
-    # The life of a run.
 
     async def run(self) -> ExitCode:
         """Start everything and see it through."""
@@ -97,7 +102,7 @@ class Supervisor:
             receives=ToSupervisor,
             security=self._key,
             hub=self._hub,
-            on_malformed=lambda peer, why: self._complain("malformed", peer, why),
+            on_malformed=functools.partial(self._complain, "malformed"),
         )
         self._on_address(self._link.address, "")
         try:
@@ -122,11 +127,11 @@ class Supervisor:
 
     async def _start_all(self, tasks: asyncio.TaskGroup) -> None:
         first, *rest = self.plan.processes
-        assert first.role == "buffer", "the buffer's address is what the others need"
+        assert first.role == "buffer", "its address is what the others need"
         await self._start(first, tasks)
-        waiters = [asyncio.ensure_future(self._buffer_known.wait()), asyncio.ensure_future(self._over.wait())]
+        events = [asyncio.ensure_future(event.wait()) for event in (self._buffer_known, self._over)]
         done, pending = await asyncio.wait(
-            waiters, timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
+            events, timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
         )
         for task in pending:
             task.cancel()
@@ -139,13 +144,19 @@ class Supervisor:
 
     async def _start(self, process: ProcessPlan, tasks: asyncio.TaskGroup) -> None:
         incarnation = uuid.uuid4().hex[:12]
-        member = self.roster.join(process.name, process.role, incarnation)
+        member = self.roster.join(process.name, process.role, incarnation, now=time.monotonic())
+        self._said[process.name] = asyncio.Event()
         listen = self._buffer
         if process.role == "buffer":
             listen = self._buffer or self._buffer_address()
         assert self._link is not None
         handle = await self.launcher.start(
-            process, incarnation=incarnation, control=self._link.address, buffer=listen, resumed=self.resumed
+            process,
+            incarnation=incarnation,
+            control=self._link.address,
+            buffer=listen,
+            # Its former life, too, belongs to this launch, and so do the workers that hold leases.
+            resumed=self.resumed and not member.restarts,
         )
         member.pid = handle.pid
         self._handles[process.name] = handle
@@ -163,6 +174,10 @@ class Supervisor:
     ) -> None:
         """A process ended: what follows is the roster's to say."""
         code = await handle.wait()
+        if code > 0:
+            # They were sent before it ended, but may still lie in our own socket.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._said[member.name].wait(), LAST_WORDS_S)
         fate = self.roster.ended(member, code)
         text = self._story(member, code)
         self._gone(member)
@@ -186,6 +201,9 @@ class Supervisor:
         await asyncio.sleep(self.roster.backoff_s(member))
         if not self.roster.ending:
             await self._start(process, tasks)
+            return
+        member.state = State.GONE
+        self._maybe_over()
 
     def _story(self, member: MemberState, code: int) -> str:
         """How a process ended, and where to look when it said nothing."""
@@ -197,7 +215,8 @@ class Supervisor:
         report = self._reports.get(member.name)
         if report is not None:
             state = "dead" if member.state is State.RESTARTING else "left"
-            self._note_member(msgspec.structs.replace(report, state=state))
+            self._reports[member.name] = report = msgspec.structs.replace(report, state=state)
+            self._show_update(report)
 
     def _fail(self, reason: str) -> None:
         self.failure = self.failure or reason
@@ -206,17 +225,16 @@ class Supervisor:
         self._over.set()
 
     def _maybe_over(self) -> None:
-        """The run has finished or drained once everybody but the buffer has left."""
-        left = [m for m in self.roster.present(own=True) if m.role != "buffer"]
-        buffer_left = all(m.role != "buffer" for m in self.roster.present())
-        if self.roster.ending and (not left or buffer_left):
+        """The run has finished or drained once everybody but the buffer has left, or the buffer has."""
+        roles = {m.role for m in self.roster.present(own=True)}
+        if self.roster.ending and (roles <= {"buffer"} or "buffer" not in roles):
             self._over.set()
 
     async def _finish(self, tasks: asyncio.TaskGroup) -> None:
         """The last to leave are the buffer and, after a failure, everybody."""
         del tasks
-        for member in self.roster.present():
-            if member.peer and (member.role == "buffer" or self.failure):
+        for member in list(self.roster.present()):
+            if member.peer and (not member.attached or self.failure):
                 await self._send(member.peer, Stop())
         deadline = FINISH_DEADLINE_S if not self.failure else 5.0
         with contextlib.suppress(TimeoutError):
@@ -244,7 +262,7 @@ class Supervisor:
         for member in list(self.roster.present()):
             if member.peer:
                 await self._send(member.peer, Drain(reason="asked to"))
-        self._drain_deadline = time.monotonic() + DRAIN_DEADLINE_S
+        self._deadline = time.monotonic() + DRAIN_DEADLINE_S
 
     def stop(self) -> None:
         """The second Ctrl-C: everybody stops at once; what was acknowledged is safe."""
@@ -252,34 +270,31 @@ class Supervisor:
         self._kill_all()
         self._over.set()
 
-    def kill(self, name: str) -> bool:
-        """SIGKILL one process, as a fault; whether there was one."""
-        handle = self._handles.get(name)
-        if handle is not None:
-            handle.kill()
-        return handle is not None
-
     async def _watch(self) -> None:
-        """produces: a named failure when nothing moves    waits for: the clock"""
+        """produces: a named failure when nothing moves, ends of the silent    waits for: the clock"""
         stall_s = self.plan.topology.run.stall_s
-        self._drain_deadline = float("inf")
         while True:
-            await asyncio.sleep(0.5)
-            if self.phase in {"training", "starting"} and time.monotonic() - self._last_step > stall_s:
-                self._fail(str(self._stalled(stall_s)))
-            if time.monotonic() > self._drain_deadline:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            if self.phase in {"training", "starting"} and now - self._last_step > stall_s:
+                self._fail(str(stalled(self._reports, stall_s)))
+            self._end_the_silent(now)
+            if now > self._deadline and self.phase == "draining":
                 waiting = ", ".join(m.name for m in self.roster.present(own=True))
                 self._fail(f"the drain took more than {DRAIN_DEADLINE_S:.0f} s; still here: {waiting}")
+            elif now > self._deadline:
+                self._over.set()
 
-    def _stalled(self, stall_s: float) -> StalledError:
-        waits = [
-            f"{r.name} waits {r.waits_for_s:.0f} s for {r.waits_for}"
-            for r in self._reports.values()
-            if r.waits_for
-        ]
-        return StalledError(f"no rollout step for {stall_s:.0f} s (run.stall_s); " + "; ".join(waits))
-
-    # Control messages.
+    def _end_the_silent(self, now: float) -> None:
+        """Kill what counts as dead; what follows is decided when it has been reaped."""
+        dead_after_s = self.plan.topology.run.dead_after_s
+        for member, silence in self.roster.silent(
+            now, every_s=LOOK_S, dead_after_s=dead_after_s, start_s=START_DEADLINE_S
+        ):
+            handle = self._handles.get(member.name)
+            if handle is not None:
+                member.last_words = f"silent for {silence:.1f} s (run.dead_after_s = {dead_after_s:g})"
+                handle.kill()
 
     async def _read(self) -> None:
         """consumes: what actors and commands say    waits for: them"""
@@ -294,26 +309,25 @@ class Supervisor:
             case Telemetry():
                 self._telemetry(delivery.peer, delivery.message)
             case Exiting():
-                member = self.roster.members.get(delivery.message.name)
-                if member is not None and member.peer == delivery.peer:
-                    member.last_words = delivery.message.message
-                    if member.attached:
-                        member.state = State.GONE
-                        self._gone(member)
+                self._exiting(delivery.peer, delivery.message)
             case AttachRequest():
                 reply = attach(
-                    self.roster,
-                    delivery.message,
-                    schema=SCHEMA,
-                    plan=self.plan,
-                    buffer_address=self._buffer,
-                    run_dir=self.run_dir,
-                )
+                    self.roster, delivery.message, schema=SCHEMA, plan=self.plan,
+                    buffer_address=self._buffer, run_dir=self.run_dir,
+                )  # fmt: skip
                 await self._send(delivery.peer, reply)
             case DetachRequest():
                 await self._send(delivery.peer, await self._detach(delivery.message))
             case StatusRequest():
                 await self._send(delivery.peer, Reply(ok=True, data=msgspec.json.encode(self.status())))
+
+    def _exiting(self, peer: bytes, message: Exiting) -> None:
+        member = self.roster.said_why(peer, message)
+        if member is not None and member.name in self._said:
+            self._said[member.name].set()
+        if member is not None and member.attached:
+            member.state = State.GONE
+            self._gone(member)
 
     async def _hello(self, peer: bytes, hello: Hello) -> None:
         if hello.protocol != PROTOCOL or hello.schema != SCHEMA:
@@ -328,7 +342,8 @@ class Supervisor:
                 self._complain("unwelcome", peer, problem)
                 await self._send(peer, Refused(reason=problem))
                 return
-            member = self.roster.join(hello.name, hello.role, hello.incarnation, attached=True)
+            now = time.monotonic()
+            member = self.roster.join(hello.name, hello.role, hello.incarnation, attached=True, now=now)
         member.peer, member.pid = peer, hello.pid
         if member.state is State.STARTING:
             member.state = State.RUNNING
@@ -340,21 +355,16 @@ class Supervisor:
             self._on_address(self._link.address, hello.address)
             self._buffer_known.set()
 
-    def _complain(self, what: str, peer: bytes, why: str) -> None:
-        left_out = self._complaints.admit(time.monotonic())
-        if left_out is not None:
-            self.log.warning(what, peer=shown(peer), why=why[:500], left_out=left_out)
-
     def _telemetry(self, peer: bytes, message: Telemetry) -> None:
         try:
             updates = updates_of(self.roster, peer, message)
         except ProtocolError as error:
             self._complain("malformed", peer, str(error))
             return
+        self.roster.heard(message.name, time.monotonic())
         for update in updates:
             if isinstance(update, MemberUpdate):
-                self._note_member(update)
-                continue
+                self._reports[update.name] = update
             if isinstance(update, StepUpdate):
                 self._last_step = time.monotonic()
                 if self.phase == "starting":
@@ -362,12 +372,9 @@ class Supervisor:
             if isinstance(update, PhaseUpdate) and update.phase == "finished":
                 self.roster.ending = True
                 self.phase = "finished"
+                self._deadline = time.monotonic() + FINISH_DEADLINE_S
                 self._maybe_over()
             self._show_update(update)
-
-    def _note_member(self, update: MemberUpdate) -> None:
-        self._reports[update.name] = update
-        self._show_update(update)
 
     async def _detach(self, request: DetachRequest) -> Reply:
         reply, order = detach(self.roster, request)
@@ -378,11 +385,7 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """What `asyncrl status` shows of a live run."""
-        return {
-            "phase": self.phase,
-            "failure": self.failure,
-            "members": describe(self.roster, self._reports),
-        }
+        return {"phase": self.phase, "failure": self.failure, "members": describe(self.roster, self._reports)}
 
     async def _to_buffer(self, message: MemberLost) -> None:
         for member in self.roster.present():

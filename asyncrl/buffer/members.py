@@ -15,31 +15,49 @@ from asyncrl.messages.control import (
     Leases,
     MemberLost,
     Published,
+    Refused,
     Saved,
     Swapped,
     Trained,
     TrainerStart,
     Welcome,
 )
-from asyncrl.messages.sample import Settled
+from asyncrl.messages.sample import Lane, Settled
 
 
 class Members:
     """See the module's docstring."""
 
-    def __init__(self, ledger: Ledger, *, run_id: str) -> None:
+    def __init__(self, ledger: Ledger, *, run_id: str, life: str = "") -> None:
+        """`life` is the incarnation of the buffer's process."""
         self.ledger = ledger
         self.run_id = run_id
+        self.life = life
         self.incarnation = 0
         """Number of the trainer's present life."""
         self.trainer_life = ""
         """Its process's own incarnation."""
         self.checkpoints: dict[int, str] = {}
         """Rollout step -> directory of the newest committed checkpoint there."""
+        self.newest: dict[str, str] = {}
+        """Name -> incarnation of its newest life."""
+        self.past: set[tuple[str, str]] = set()
+        """(name, incarnation) of lives that a newer one has replaced: whatever they say changes nothing."""
+
+    def live(self, name: str, incarnation: str) -> None:
+        """A life begins; the one before it, if it was another, is past."""
+        before = self.newest.get(name, incarnation)
+        if before != incarnation:
+            self.past.add((name, before))
+        self.newest[name] = incarnation
 
     def join(self, peer: bytes, hello: Hello, now: float) -> None:
-        """An actor said hello (again)."""
+        """An actor said hello (again). One that was stopped, replaced and continued is turned away."""
         ledger = self.ledger
+        if (hello.name, hello.incarnation) in self.past:
+            ledger.book.send(peer, Refused(reason=f"a newer life of {hello.name} has taken its place"))
+            return
+        self.live(hello.name, hello.incarnation)
         before = ledger.fleet.workers.get(peer)
         if before is not None and (before.name, before.incarnation) != (hello.name, hello.incarnation):
             self._remove(before, "its connection is somebody else's now", now, ours=True)
@@ -51,16 +69,19 @@ class Members:
                 self._forget((name, incarnation), "replaced", now)
         worker = ledger.fleet.join(peer, hello, now)
         ledger.book.row("member", hello.name, hello.incarnation, hello.role, hello.host, hello.pid, now)
-        start = self._start_trainer(worker, now) if hello.role == "trainer" else None
+        start = self._start_trainer(worker, hello, now) if hello.role == "trainer" else None
         welcome = Welcome(
             run_id=self.run_id,
+            desk=self.life,
+            number=hello.number,
+            held=sorted(worker.leases),
             announced=ledger.versions.announced if ledger.versions.held else None,
             trainer=start,
             cursor=ledger.cursor if hello.role == "source" else b"",
             next_group=ledger.book.next_group,
         )
         ledger.book.send(peer, welcome)
-        self._lease_again(worker)
+        self._lease_again(worker, known=set(hello.leases))
         if ledger.finished:
             ledger.book.send(peer, Finish(reason="the run has finished"))
         for evaluation in (ledger.versions.previous, ledger.versions.evaluation):
@@ -72,11 +93,11 @@ class Members:
             ):
                 ledger.book.deliver_evaluation(*evaluation.key)
 
-    def _lease_again(self, worker: WorkerRecord) -> None:
-        """What it holds already, once more, for the message may have been lost.
+    def _lease_again(self, worker: WorkerRecord, *, known: set[int]) -> None:
+        """What it holds already and does not know of, once more, for the message was lost.
 
-        Its new credit is all the room it has; these leases are charged to it, and whatever it works on beside
-        them is not its own any more. Parts of a fence it knows are to be ignored.
+        Its new credit is all the room it has beside the leases it knows; the others are charged to it. Work
+        under a fence that `Welcome.held` does not name is not its own any more.
         """
         ledger = self.ledger
         leases: list[Lease] = []
@@ -84,6 +105,10 @@ class Members:
         for fence in sorted(worker.leases):
             lease = ledger.fleet.leases[fence]
             group = ledger.book.groups[lease.group_id]
+            if group.lane is Lane.EVAL and lease.kind is Kind.GENERATE:
+                worker.eval_held += len(lease.indices)
+            if fence in known:
+                continue
             indices = sorted(lease.remaining) if lease.kind is Kind.GENERATE else lease.indices
             parts, ids = parts_of(group, indices, scored=lease.kind is Kind.FILTER)
             leases.append(Lease(fence=fence, kind=lease.kind, parts=parts, version=group.version))
@@ -93,7 +118,7 @@ class Members:
         if leases:
             ledger.book.send(worker.peer, Leases(leases=leases), bodies)
 
-    def _start_trainer(self, worker: WorkerRecord, now: float) -> TrainerStart:
+    def _start_trainer(self, worker: WorkerRecord, hello: Hello, now: float) -> TrainerStart:
         ledger = self.ledger
         step = max(self.checkpoints, default=0)
         if worker.incarnation != self.trainer_life:
@@ -105,10 +130,11 @@ class Members:
             ledger.versions.trainer_left()
         else:
             ledger.versions.trainer_back(incarnation=self.incarnation, num_trained=ledger.batches.num_trained)
+            step = max(step, hello.batches)
         ledger.batches.on_delivery = step
         return TrainerStart(
             incarnation=self.incarnation,
-            checkpoint=self.checkpoints.get(step, ""),
+            checkpoint=self.checkpoints.get(max(self.checkpoints, default=0), ""),
             published=ledger.versions.published,
         )
 

@@ -327,7 +327,7 @@ class Pump:
             return
         if trainer is not None and trainer is not self._told_end:
             self._told_end = trainer
-            ledger.book.send(trainer.peer, Finish(reason="the data have ended"))
+            ledger.book.send(trainer.peer, Finish(reason="the data have ended", done=False))
 
     def _tell_everyone(self, message: Finish) -> None:
         for worker in self.ledger.fleet.workers.values():

@@ -53,6 +53,8 @@ def restore(ledger: Ledger, members: Members, store: Store) -> None:
     ledger.source_ended = bool(meta.get("source_ended", 0))
     if "target" in meta:
         ledger.batches.target = int(meta["target"])
+    for name, incarnation in db.execute("select name, incarnation from members order by joined_at"):
+        members.live(name, incarnation)
     _restore_training(ledger, members, db)
     _restore_evaluation(ledger, db)
     _restore_leases(ledger, db)

@@ -16,7 +16,7 @@ from asyncrl.link.base import (
     PeerGone,
     ServerLink,
 )
-from asyncrl.link.complaints import Complaints, shown
+from asyncrl.link.complaints import Complaints, complain, shown
 from asyncrl.link.endpoints import bind, connect
 from asyncrl.link.memory import Hub
 from asyncrl.link.security import Key, check_private, is_private, make_key, read_key
@@ -37,6 +37,7 @@ __all__ = [
     "Window",
     "bind",
     "check_private",
+    "complain",
     "connect",
     "is_private",
     "make_key",

@@ -105,6 +105,10 @@ class ServerLink(Protocol):
 class ClientLink(Protocol):
     """The end that dials."""
 
+    @property
+    def cuts(self) -> int:
+        """How often the connection was lost, and with it what was on its way in either direction."""
+
     async def recv(self) -> Delivery:
         """The next message. May be cancelled. Raises LinkClosed, RunError.
 

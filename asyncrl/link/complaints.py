@@ -6,6 +6,12 @@ left out since the last one.
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
+MAX_REASON = 500
+"""Characters of a reason that are written."""
+
 
 class Complaints:
     """At most `burst` lines at once and `per_s` a second in the long run, whoever they are about."""
@@ -32,6 +38,13 @@ class Complaints:
         self._tokens -= 1.0
         left_out, self._left_out = self._left_out, 0
         return left_out
+
+
+def complain(complaints: Complaints, log: Any, what: str, peer: bytes, why: str) -> None:
+    """Write a warning about a peer, if there is room for one."""
+    left_out = complaints.admit(time.monotonic())
+    if left_out is not None:
+        log.warning(what, peer=shown(peer), why=why[:MAX_REASON], left_out=left_out)
 
 
 def shown(peer: bytes) -> str:

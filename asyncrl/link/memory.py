@@ -107,6 +107,7 @@ class MemoryClient:
         on_malformed: OnMalformed | None,
     ) -> None:
         self.address = address
+        self.cuts = 0
         self._identity = identity
         self._screen = Screen(receives, limits=limits, on_malformed=on_malformed)
         self._endpoint = hub.endpoint(address, limits=limits)

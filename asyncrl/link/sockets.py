@@ -32,7 +32,8 @@ _HEARTBEAT_TIMEOUT_MS = 10_000
 _KEEPALIVE_IDLE_S = 30
 """NATs forget idle connections after a minute or more."""
 _RECONNECT_MS = 100
-_RECONNECT_MAX_MS = 2_000
+_RECONNECT_MAX_MS = 500
+"""A desk that is started again is found within this time: well before its workers' leases are given up."""
 
 _NO_INTERFACE = "this machine has no such interface; use one of its own addresses, or 0.0.0.0 for all"
 _ADVICE = {
@@ -88,11 +89,15 @@ class _SocketLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._let_go()
         self._socket.close(linger=max(0, round(linger_s * 1000)))
         if self._doorkeeper is not None:
             self._doorkeeper.close()
         # Blocks until all is flushed or the linger is over, so it may not run on the loop.
         await asyncio.to_thread(self._context.term)
+
+    def _let_go(self) -> None:
+        """Close what hangs on the socket; its readers have ended."""
 
     def _abandon(self) -> None:
         """Let go at once: the link could not be opened."""
@@ -236,7 +241,20 @@ class SocketClient(_SocketLink):
         except zmq.ZMQError as error:
             self._abandon()
             raise _address_error(address, error, verb="connect to") from error
+        self.cuts = 0
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._start(self._read(), name="reader")
+        self._start(self._count_cuts(), name="monitor")
+
+    async def _count_cuts(self) -> None:
+        """consumes: the transport's events    waits for: the end of a connection"""
+        while True:
+            await self._monitor.recv_multipart()
+            self.cuts += 1
+
+    def _let_go(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
 
     async def send(self, message: msgspec.Struct, frames: Sequence[Body] = ()) -> None:
         """See `asyncrl.link.base`."""

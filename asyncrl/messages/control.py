@@ -51,12 +51,24 @@ class Hello(Message, frozen=True, kw_only=True):
     address: str = ""
     """Where this actor listens, when it does (the buffer's desk)."""
     run_id: str = ""
+    number: int = 0
+    """Counts the hellos of this life to the desk."""
+    leases: list[int] = []
+    """Fences this life still works on, or whose results are not acknowledged: it was here before."""
+    batches: int = 0
+    """For the trainer: rollout steps in its weights, counting the one it trains now."""
 
 
 class Welcome(Message, frozen=True, kw_only=True):
     """The buffer's answer to Hello."""
 
     run_id: str
+    desk: str = ""
+    """Incarnation of the buffer's process."""
+    number: int = 0
+    """Of the hello that it answers."""
+    held: list[int] = []
+    """Fences that are the actor's; work under any other has gone to others."""
     announced: Manifest | None = None
     """The version generators serve now; None before version 0 is published."""
     trainer: TrainerStart | None = None
@@ -79,9 +91,19 @@ class TrainerStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refused(Message, frozen=True, kw_only=True):
-    """The answer to a Hello that cannot be served. The peer stops."""
+    """The answer to a Hello that cannot be served (other code, or a newer life took its place). It stops."""
 
     reason: str
+
+
+class HelloAgain(Message, frozen=True, kw_only=True):
+    """The answer to anybody unknown: this is another life of the desk, or it gave the sender up.
+
+    The message it answers was not taken. The peer says hello again, and states anew what it holds and wants.
+    """
+
+    desk: str
+    """Incarnation of the buffer's process."""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -335,6 +357,8 @@ class Finish(Message, frozen=True, kw_only=True):
     """Buffer to actors: every batch of the run is trained, or none can be formed any more."""
 
     reason: str
+    done: bool = True
+    """False: no batch will come, but what there is has still to be published and saved."""
 
 
 # Supervisor to the buffer.
@@ -351,30 +375,10 @@ class MemberLost(Message, frozen=True, kw_only=True):
 
 
 ToBuffer = (
-    Hello
-    | Heartbeat
-    | Goodbye
-    | Want
-    | Reports
-    | Scores
-    | Verdict
-    | Issue
-    | EvaluationSeen
-    | Trained
-    | Published
-    | Swapped
-    | Saved
-)
+    Hello | Heartbeat | Goodbye | Want | Reports | Scores | Verdict | Issue | EvaluationSeen | Trained
+    | Published | Swapped | Saved
+)  # fmt: skip
 FromBuffer = (
-    Welcome
-    | Refused
-    | Leases
-    | Acks
-    | Need
-    | Evaluated
-    | BatchPart
-    | NewVersion
-    | Retire
-    | Committed
-    | Finish
-)
+    Welcome | Refused | HelloAgain | Leases | Acks | Need | Evaluated | BatchPart | NewVersion | Retire
+    | Committed | Finish
+)  # fmt: skip

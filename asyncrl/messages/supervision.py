@@ -33,6 +33,8 @@ class Exiting(Message, frozen=True, kw_only=True):
     name: str
     code: int
     message: str = ""
+    final: bool = False
+    """Another try would end the same way."""
 
 
 class AttachRequest(Message, frozen=True, kw_only=True):

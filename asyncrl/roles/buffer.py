@@ -30,8 +30,8 @@ from asyncrl.buffer.restore import release_all, restore
 from asyncrl.buffer.settled import settled
 from asyncrl.buffer.states import Outgoing, Transaction, WorkerRecord
 from asyncrl.buffer.store import Store
-from asyncrl.errors import ExitCode, ProtocolError, RunError
-from asyncrl.link import Complaints, Delivery, PeerGone, ServerLink, bind, shown
+from asyncrl.errors import ExitCode, NothingToTrainError, ProtocolError
+from asyncrl.link import Complaints, Delivery, PeerGone, ServerLink, bind, complain, shown
 from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
@@ -42,8 +42,6 @@ SWITCH_S = 0.0005
 """Longest wait of one of the buffer's two threads for the other, in its own process."""
 MAX_WORKERS = 4096
 """Workers at the desk at once."""
-MAX_REASON = 500
-"""Characters of a complaint in the log; a peer may have written them."""
 ONLY_ONE = ("source", "trainer", "evaluator")
 """Roles that a run has at most one actor of."""
 OLD = 2
@@ -64,16 +62,18 @@ class BufferRole(Actor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.ledger = Ledger(ledger_config(self.plan))
-        self.members = Members(self.ledger, run_id=self.plan.topology.run.name)
+        self.members = Members(self.ledger, run_id=self.plan.topology.run.name, life=context.incarnation)
         self.pump = Pump(self.ledger)
         self.desk = Desk(self.ledger, self.members)
-        self._complaints = Complaints()
+        self._complain = functools.partial(complain, Complaints(), self.log)
         self._changed = asyncio.Event()
         self._link: ServerLink | None = None
         self._store: Store | None = None
         self._courier: Courier | None = None
         self._told_end = False
         self._starving = ""
+        self._came: list[bytes] = []
+        """Trainers that said hello since the last commit: what was on its way to them was not for now."""
 
     @property
     def store(self) -> Store:
@@ -102,7 +102,7 @@ class BufferRole(Actor):
             receives=ToBuffer,
             security=self.context.key,
             hub=self.context.hub,
-            on_malformed=lambda peer, why: self._complain("malformed", peer, why),
+            on_malformed=functools.partial(self._complain, "malformed"),
         )
 
     async def begin(self) -> None:
@@ -129,9 +129,7 @@ class BufferRole(Actor):
         worker = self.ledger.fleet.workers.get(peer)
         if worker is None:
             self._complain("unknown", peer, f"{type(message).__name__} without a hello")
-            await self._refuse(
-                peer, "say hello first: this desk does not know you (it may have been restarted)"
-            )
+            await self._answer(peer, control.HelloAgain(desk=self.context.incarnation))
             return
         worker.last_seen = now
         try:
@@ -148,17 +146,11 @@ class BufferRole(Actor):
         self.members.expel(worker, reason, now)
         await self._refuse(worker.peer, f"{worker.name} broke the protocol: {reason}")
 
-    def _complain(self, what: str, peer: bytes, why: str) -> None:
-        left_out = self._complaints.admit(time.monotonic())
-        if left_out is not None:
-            self.log.warning(what, peer=shown(peer), why=why[:MAX_REASON], left_out=left_out)
-
     async def _hello(self, peer: bytes, hello: control.Hello, now: float) -> None:
         if hello.protocol != PROTOCOL or hello.schema != SCHEMA:
             text = f"protocol {hello.protocol} schema {hello.schema}, here {PROTOCOL} and {SCHEMA}"
-            await self._refuse(
-                peer, f"{hello.name} runs other code than this run ({text}); install the same version"
-            )
+            reason = f"{hello.name} runs other code than this run ({text}); install the same version"
+            await self._answer(peer, Refused(reason=reason))
             return
         problem = check_hello(hello) or self._stranger(peer, hello)
         if problem:
@@ -166,6 +158,8 @@ class BufferRole(Actor):
             await self._refuse(peer, f"hello refused: {problem}")
             return
         self.members.join(peer, hello, now)
+        if hello.role == "trainer":
+            self._came.append(peer)
 
     def _stranger(self, peer: bytes, hello: control.Hello) -> str:
         """Why this peer cannot be who it says it is; empty when it can."""
@@ -184,9 +178,13 @@ class BufferRole(Actor):
         return ""
 
     async def _refuse(self, peer: bytes, reason: str) -> None:
+        await self._answer(peer, Refused(reason=reason))
+
+    async def _answer(self, peer: bytes, message: control.Message) -> None:
+        """Say something that rests on no commit."""
         assert self._link is not None
         with contextlib.suppress(PeerGone):
-            await self._link.send(peer, Refused(reason=reason))
+            await self._link.send(peer, message)
 
     async def on_control(self, message: Any) -> None:
         if isinstance(message, MemberLost):
@@ -253,7 +251,7 @@ class BufferRole(Actor):
             self._changed.clear()
             self.pump.run(time.time())
             if self.ledger.failure:
-                raise RunError(self.ledger.failure)
+                raise NothingToTrainError(self.ledger.failure)
             transaction = self.ledger.book.take()
             if transaction.empty and not self._courier_has_work():
                 continue
@@ -275,6 +273,9 @@ class BufferRole(Actor):
     ) -> list[tuple[Outgoing, list[bytes]]]:
         """On the compute thread: write, then read what the messages carry."""
         assert self._courier is not None
+        came, self._came = self._came, []
+        for peer in came:
+            self._courier.forget(peer)
         self.store.write(transaction)
         for group in settled(self.store.db, transaction):
             group_line(

@@ -33,6 +33,8 @@ class EvaluatorRole(DeskActor):
         super().__init__(context)
         self._parts: asyncio.Queue[tuple[Evaluated, list[bytes]]] = asyncio.Queue()
         self._samples: list[Sample] = []
+        self._seen = (-1, 0)
+        """(version, incarnation) of the evaluation that was logged last."""
 
     def work(self) -> Sequence[Coroutine[Any, Any, None]]:
         return [self._evaluate()]
@@ -50,7 +52,11 @@ class EvaluatorRole(DeskActor):
                 self._samples = []
             self._samples += _flat(message.groups, frames)
             if message.part + 1 == message.num_parts:
-                await self._finish(message.version, message.incarnation)
+                key = (message.version, message.incarnation)
+                if key != self._seen:  # else the desk died before it knew that we have seen it
+                    await self._finish(*key)
+                self._samples, self._seen = [], key
+                await self.send(EvaluationSeen(version=key[0], incarnation=key[1]))
 
     async def _finish(self, version: int, incarnation: int) -> None:
         values: dict[str, float] = {}
@@ -65,8 +71,6 @@ class EvaluatorRole(DeskActor):
         self.log.info("examples", version=version, examples=examples)
         update = EvalUpdate(version=version, values=values, num_samples=len(self._samples), examples=examples)
         await self.tell(update)
-        await self.send(EvaluationSeen(version=version, incarnation=incarnation))
-        self._samples = []
 
 
 def _flat(groups: list[GroupParts], frames: list[bytes]) -> list[Sample]:

@@ -7,13 +7,14 @@ NewVersion -> receive, verify -> engine.load_weights -> Swapped, credit under th
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
 
 from asyncrl.actor.base import Context
-from asyncrl.actor.client import DeskActor
+from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.actor.reports import Outbox
 from asyncrl.data.tokenizer import Tokenizer
 from asyncrl.engines import session
@@ -21,7 +22,7 @@ from asyncrl.engines.base import Engine, GenerateRequest, OnNewWeights
 from asyncrl.engines.make import make_engine
 from asyncrl.engines.swap import Swapper, push_metrics
 from asyncrl.errors import AsyncrlError, ExitCode
-from asyncrl.messages.control import Acks, Kind, Lease, Leases, NewVersion, Want, Welcome
+from asyncrl.messages.control import Acks, Hello, Kind, Lease, Leases, NewVersion, Want, Welcome
 from asyncrl.messages.hooks import Args
 from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Segment, Status
@@ -62,6 +63,10 @@ class GeneratorRole(DeskActor):
         self._args: Args | None = None
         self._draining = False
         self._held = 0
+        self._leases: Counter[int] = Counter()
+        """Of those, by fence."""
+        self._held_bytes = 0
+        """Bytes of leases of which the first sample is not handed in: credit that is not given back."""
         self._busy, self._idle = asyncio.Event(), asyncio.Event()
         """Samples leased to us and not handed in."""
         self._freed = (0, 0)
@@ -96,6 +101,26 @@ class GeneratorRole(DeskActor):
         if welcome.announced is not None:
             self._announce(welcome.announced)
 
+    def introduce(self, hello: Hello) -> Hello:
+        return msgspec.structs.replace(hello, leases=self._fences())
+
+    def _fences(self) -> list[int]:
+        """Leases that we work on, or whose last report is not acknowledged."""
+        return sorted({*self._leases, *self.outbox.fences})
+
+    def restate(self, welcome: Welcome) -> list[Statement]:
+        """Running answers go on; those that have gone to others end, and their reports will be refused."""
+        held = set(welcome.held)
+        for uid in list(self.outbox.open_uids()):
+            if int(uid.partition(".")[0]) not in held:
+                self.engine.abort(uid)
+        if welcome.announced is not None:
+            self._announce(welcome.announced)
+        self._freed = (0, 0)
+        room = self._credit_message(self.capacity - self._held, self.table.max_bytes - self._held_bytes)
+        # Without weights there is nothing to ask for yet.
+        return [*self.outbox.again(), *([(room, ())] if self.version[0] >= 0 else [])]
+
     def work(self) -> Sequence[Coroutine[Any, Any, None]]:
         return [self._swap(), self._sample_all(), self.outbox.write(), self._credit(), self._count_idle()]
 
@@ -105,6 +130,9 @@ class GeneratorRole(DeskActor):
                 self._take(message, frames)
             case Acks():
                 self.outbox.acknowledged(message.acks)
+                for ack in message.acks:
+                    if not ack.accepted:  # it belongs to somebody else now
+                        self.engine.abort(f"{ack.fence}.{ack.index}")
             case NewVersion():
                 self._announce(message.manifest)
 
@@ -119,7 +147,14 @@ class GeneratorRole(DeskActor):
         sizes = iter(frames)
         for lease, samples in zip(message.leases, groups, strict=True):
             num_bytes = leased_bytes(lease.parts, sizes)
+            if lease.fence in self._leases or lease.fence in self.outbox.fences:
+                # Sent again by a desk that could not know it arrived: only its charge is to be given back.
+                self._freed = (self._freed[0] + len(samples), self._freed[1] + num_bytes)
+                self._room.set()
+                continue
             self._held += len(samples)
+            self._held_bytes += num_bytes
+            self._leases[lease.fence] += len(samples)
             self._idle.clear()
             self._busy.set()
             for number, sample in enumerate(samples):
@@ -156,6 +191,8 @@ class GeneratorRole(DeskActor):
                     raise  # the engine's own failure ends the generator
                 await out.report(Segment(), Status.FAILED, str(error))
         self._held -= 1
+        self._held_bytes -= num_bytes
+        self._leases -= Counter([lease.fence])
         if not self._held:
             self._busy.clear()
             self._idle.set()
@@ -180,16 +217,17 @@ class GeneratorRole(DeskActor):
             await self._give_credit(samples, num_bytes)
 
     async def _give_credit(self, samples: int, num_bytes: int) -> None:
+        await self.send(self._credit_message(samples, num_bytes))
+
+    def _credit_message(self, samples: int, num_bytes: int) -> Want:
         version, incarnation = self.version
-        await self.send(
-            Want(
-                kind=Kind.GENERATE,
-                samples=samples,
-                num_bytes=num_bytes,
-                version=version,
-                incarnation=incarnation,
-                capacity=self.capacity,
-            )
+        return Want(
+            kind=Kind.GENERATE,
+            samples=samples,
+            num_bytes=num_bytes,
+            version=version,
+            incarnation=incarnation,
+            capacity=self.capacity,
         )
 
     # Versions.
@@ -211,7 +249,8 @@ class GeneratorRole(DeskActor):
                 await session.warm_up(self.engine)
             self.version = (manifest.version, manifest.incarnation)
             self._pause_s = swapped.pause_s
-            await self.send(swapped)
+            room = (self.capacity, self.table.max_bytes) if first else (0, 0)
+            await self.say((swapped, ()), (self._credit_message(*room), ()))
             self.metrics.write(push_metrics(swapped, manifest))
             version_line(
                 self.log,
@@ -223,7 +262,6 @@ class GeneratorRole(DeskActor):
                 seconds=swapped.transfer_s,
                 pause_s=swapped.pause_s,
             )
-            await self._give_credit(self.capacity if first else 0, self.table.max_bytes if first else 0)
 
     # The end.
 

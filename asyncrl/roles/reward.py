@@ -15,9 +15,20 @@ from typing import Any
 import msgspec
 
 from asyncrl.actor.base import Context
-from asyncrl.actor.client import DeskActor
+from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.errors import ExitCode
-from asyncrl.messages.control import Acks, Kind, Lease, Leases, Scored, Scores, Verdict, Want
+from asyncrl.messages.control import (
+    Acks,
+    Hello,
+    Kind,
+    Lease,
+    Leases,
+    Scored,
+    Scores,
+    Verdict,
+    Want,
+    Welcome,
+)
 from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Score
 from asyncrl.rewards.base import RewardFailure, RewardSpec
@@ -53,7 +64,10 @@ class RewardRole(DeskActor):
         )
         self._teacher = _teacher(self.plan, self.table)
         self._jobs: asyncio.Queue[tuple[Lease, list[Sample], int]] = asyncio.Queue()
-        self._busy = 0
+        self._held: dict[int, tuple[Kind, int, int]] = {}
+        """By fence of a lease that is not handed in: what it is for, samples, bytes."""
+        self._unsaid: dict[int, Statement] = {}
+        """By fence: results that are not acknowledged."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._scored = self._failed = 0
@@ -67,12 +81,28 @@ class RewardRole(DeskActor):
     async def _ask(self) -> None:
         """produces: the first credit; the rest follows results"""
         window = self.plan.topology.buffer.window_bytes
-        await self._want(Kind.SCORE, self.table.batch, window)
-        await self._want(Kind.FILTER, self.table.batch, 0)
+        await self.say(
+            (self._credit(Kind.SCORE, self.table.batch, window), ()),
+            (self._credit(Kind.FILTER, self.table.batch, 0), ()),
+        )
         await asyncio.Event().wait()
 
-    async def _want(self, kind: Kind, samples: int, num_bytes: int) -> None:
-        await self.send(Want(kind=kind, samples=samples, num_bytes=num_bytes, capacity=self.table.batch))
+    def _credit(self, kind: Kind, samples: int, num_bytes: int) -> Want:
+        return Want(kind=kind, samples=samples, num_bytes=num_bytes, capacity=self.table.batch)
+
+    def introduce(self, hello: Hello) -> Hello:
+        return msgspec.structs.replace(hello, leases=sorted({*self._held, *self._unsaid}))
+
+    def restate(self, welcome: Welcome) -> list[Statement]:
+        """Results that are not acknowledged, and the room we have; what is being scored goes on."""
+        del welcome
+        room = {Kind.SCORE: self.table.batch, Kind.FILTER: self.table.batch}
+        num_bytes = self.plan.topology.buffer.window_bytes
+        for kind, samples, size in self._held.values():
+            room[kind] -= samples
+            num_bytes -= size
+        wants = [(self._credit(Kind.SCORE, room[Kind.SCORE], num_bytes), ())]
+        return [*self._unsaid.values(), *wants, (self._credit(Kind.FILTER, room[Kind.FILTER], 0), ())]
 
     async def handle(self, message: Any, frames: list[bytes]) -> None:
         match message:
@@ -81,11 +111,16 @@ class RewardRole(DeskActor):
                 groups = unpack([lease.parts for lease in message.leases], frames)
                 for lease, samples in zip(message.leases, groups, strict=True):
                     num_bytes = leased_bytes(lease.parts, sizes)
-                    self._busy += 1
+                    if lease.fence in self._held or lease.fence in self._unsaid:
+                        # Sent again by a desk that could not know it arrived: only its charge comes back.
+                        self._jobs.put_nowait((lease, [], num_bytes))
+                        continue
+                    self._held[lease.fence] = (lease.kind, len(samples), num_bytes)
                     self._idle.clear()
                     self._jobs.put_nowait((lease, samples, num_bytes))
             case Acks():
-                pass  # a refused score belongs to somebody else now: nothing to do here
+                for ack in message.acks:  # a refused score belongs to somebody else now: nothing to do here
+                    self._unsaid.pop(ack.fence, None)
 
     async def _score_all(self) -> None:
         """consumes: leases    waits for: leases    produces: one task per lease, bounded by our credit"""
@@ -96,18 +131,22 @@ class RewardRole(DeskActor):
                 tasks.create_task(self._do(*job))
 
     async def _do(self, lease: Lease, samples: list[Sample], num_bytes: int) -> None:
+        if not samples:
+            await self.send(self._credit(lease.kind, len(lease.parts.indices), num_bytes))
+            return
         began = time.monotonic()
         if lease.kind is Kind.FILTER:
-            await self._judge(lease, samples)
+            result = await self._judge(lease, samples)
         else:
-            await self._score(lease, samples)
+            result = await self._score(lease, samples)
         self.gauges["reward/latency_s"] = time.monotonic() - began
-        await self._want(lease.kind, len(samples), num_bytes)
-        self._busy -= 1
-        if not self._busy:
+        self._unsaid[lease.fence] = result
+        del self._held[lease.fence]
+        await self.say(result, (self._credit(lease.kind, len(samples), num_bytes), ()))
+        if not self._held:
             self._idle.set()
 
-    async def _score(self, lease: Lease, samples: list[Sample]) -> None:
+    async def _score(self, lease: Lease, samples: list[Sample]) -> Statement:
         whole = self.table.group_rm and samples[0].lane == "train"
         results = await (self._sandbox.score_group(samples) if whole else self._sandbox.score(samples))
         if self._teacher is not None:
@@ -123,9 +162,9 @@ class RewardRole(DeskActor):
                 )
         self._scored += len(scores)
         self.gauges |= {"reward/scored": self._scored, "reward/failures": self._failed}
-        await self.send(Scores(scores=scores), frames)
+        return Scores(scores=scores), frames
 
-    async def _judge(self, lease: Lease, samples: list[Sample]) -> None:
+    async def _judge(self, lease: Lease, samples: list[Sample]) -> Statement:
         verdict = await self._sandbox.verdict(samples)
         group_id = lease.parts.group_id
         if isinstance(verdict, RewardFailure):
@@ -139,7 +178,7 @@ class RewardRole(DeskActor):
                 reason=verdict.reason,
                 removed=[samples[position].index for position in verdict.removed],
             )
-        await self.send(answer)
+        return answer, ()
 
     async def drain(self) -> None:
         """What is being scored is finished; leases that arrive later go back with our goodbye."""
@@ -147,7 +186,7 @@ class RewardRole(DeskActor):
             async with asyncio.timeout(DRAIN_S):
                 await self._idle.wait()
         except TimeoutError:
-            self.log.warning("left with work undone", leases=self._busy)
+            self.log.warning("left with work undone", leases=len(self._held))
         self.leave(ExitCode.DRAINED)
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from asyncrl.actor.base import Context
-from asyncrl.actor.client import DeskActor
+from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.data.open import eval_sets, open_source
 from asyncrl.data.source import EvalSet, PromptSource
 from asyncrl.messages.control import Issue, Issued, Need, Welcome
@@ -24,6 +24,8 @@ class SourceRole(DeskActor):
 
     consumes: needs      waits for: the buffer to have room    unblocked by: groups that settle
     produces: prompts, with the cursor after them              (committed in one transaction)
+
+    Prompts that a dead desk had not committed are lost with it: the data are opened again at its cursor.
     """
 
     role = "source"
@@ -34,6 +36,8 @@ class SourceRole(DeskActor):
         self._source: PromptSource | None = None
         self._eval_sets: list[EvalSet] = []
         self._next_group = 0
+        self._again: Welcome | None = None
+        """A desk that knows less than we do: where to begin again, before anything else is handed in."""
 
     async def open(self) -> None:
         self._source = await self.compute(lambda: open_source(self.plan, self.context.run_dir))
@@ -44,6 +48,13 @@ class SourceRole(DeskActor):
         source = self._source
         if welcome.cursor and source is not None:
             await self.compute(lambda: source.restore(welcome.cursor))
+
+    def restate(self, welcome: Welcome) -> list[Statement]:
+        """Nothing: it asks anew for whatever it needs."""
+        while not self._needs.empty():
+            self._needs.get_nowait()
+        self._again = welcome
+        return []
 
     def work(self) -> Sequence[Coroutine[Any, Any, None]]:
         return [self._serve()]
@@ -58,15 +69,24 @@ class SourceRole(DeskActor):
         while True:
             with self.waits("need"):
                 need = await self._needs.get()
+            await self._catch_up()
             if need.lane is Lane.EVAL:
                 await self._issue_evaluation(need.version)
             else:
                 await self._issue(need.groups)
 
+    async def _catch_up(self) -> None:
+        while self._again is not None:
+            welcome = self._again
+            self._source = await self.compute(lambda: open_source(self.plan, self.context.run_dir))
+            await self.on_welcome(welcome)
+            if self._again is welcome:
+                self._again = None
+
     async def _issue(self, groups: int) -> None:
         source = self._source
         assert source is not None
-        while groups > 0:
+        while groups > 0 and self._again is None:
             count = min(groups, CHUNK)
             prompts = await self.compute(functools.partial(source.next, count))
             cursor = await self.compute(source.cursor)
@@ -84,6 +104,8 @@ class SourceRole(DeskActor):
         self, lane: Lane, prompts: Iterable[Prompt], *, samples: int, ended: bool, cursor: bytes = b"",
         version: int = 0,
     ) -> None:  # fmt: skip
+        if self._again is not None:
+            return  # what these prompts were asked for is asked for again
         issued, frames = [], []
         for prompt in prompts:
             issued.append(Issued(samples, len(prompt.tokens) // 4, prompt.dataset))

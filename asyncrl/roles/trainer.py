@@ -4,7 +4,8 @@
                                                     -> snapshot -> write (thread beside) -> Published
                                                     -> checkpoint -> Saved
 
-A trainer that starts again loads its newest committed checkpoint, is handed the batches after it as recorded,
+What the buffer has not committed is kept, and said again to a desk that has come back without it. A trainer
+that starts again loads its newest committed checkpoint, is handed the batches after it as recorded,
 and publishes nothing until it reaches the last published step again.
 """
 
@@ -17,10 +18,24 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from asyncrl.actor.base import Context
-from asyncrl.actor.client import DeskActor
-from asyncrl.errors import ExitCode
-from asyncrl.messages.control import BatchPart, Committed, Finish, Kind, Retire, Saved, Trained, Want, Welcome
+from asyncrl.actor.client import DeskActor, Statement
+from asyncrl.errors import ExitCode, ProtocolError
+from asyncrl.messages.control import (
+    BatchPart,
+    Committed,
+    Finish,
+    Hello,
+    Kind,
+    Published,
+    Retire,
+    Saved,
+    Trained,
+    Want,
+    Welcome,
+)
 from asyncrl.messages.parts import unpack
 from asyncrl.messages.sample import Sample
 from asyncrl.obs.log import step_line
@@ -50,7 +65,7 @@ class TrainerRole(DeskActor):
         self.pushes = Pushes(
             push_settings(self.plan, context.run_dir, in_memory=context.hub is not None),
             weights=self.trainer.backend.weights,
-            send=self.send,
+            send=self._promise,
             record=self._record,
             security=context.key,
             hub=context.hub,
@@ -66,6 +81,10 @@ class TrainerRole(DeskActor):
         self._draining = False
         self._saved = -1
         self._last_end = time.monotonic()
+        self._unsaid: dict[tuple[str, int], Statement] = {}
+        """Trained batches, versions and checkpoints that are not committed, in the order they were told."""
+        self._at_work = 0
+        """Rollout steps in the weights once the batch that is being trained is."""
         self._committed: dict[tuple[str, int], asyncio.Event] = {}
         self._concerns: set[str] = set()
 
@@ -85,6 +104,30 @@ class TrainerRole(DeskActor):
             1 + self.plan.topology.trainer.prefetch_batches, self.plan.topology.buffer.window_bytes
         )
 
+    def introduce(self, hello: Hello) -> Hello:
+        return msgspec.structs.replace(hello, batches=max(self._at_work, self.trainer.rollout_step))
+
+    def restate(self, welcome: Welcome) -> list[Statement]:
+        """What it may not have heard, in order, then all the room we have; batches come again as recorded."""
+        start = welcome.trainer
+        if start is None or start.incarnation != self.incarnation:
+            raise ProtocolError(f"{self.name}: another life of the trainer has taken our place")
+        prefetch = self.plan.topology.trainer.prefetch_batches
+        room = Want(kind=Kind.TRAIN, samples=1 + prefetch, num_bytes=self.plan.topology.buffer.window_bytes)
+        return [*self._unsaid.values(), (room, ())]
+
+    async def _promise(self, message: Trained | Published | Saved, *more: msgspec.Struct) -> None:
+        """Tell what has to be committed; it is said again until it is."""
+        match message:
+            case Trained():
+                key = ("trained", message.batch)
+            case Published():
+                key = ("version", message.manifest.version)
+            case Saved():
+                key = ("checkpoint", message.rollout_step)
+        self._unsaid[key] = (message, ())
+        await self.say((message, ()), *((other, ()) for other in more))
+
     @property
     def _step(self) -> int:
         return self.trainer.rollout_step * self.plan.num_steps_per_rollout
@@ -102,6 +145,7 @@ class TrainerRole(DeskActor):
             case Retire():
                 self.pushes.retire(message.below)
             case Committed():
+                self._unsaid.pop((message.what, message.number), None)
                 self._event(message.what, message.number).set()
 
     def _event(self, what: str, number: int) -> asyncio.Event:
@@ -149,11 +193,12 @@ class TrainerRole(DeskActor):
     async def _train_one(self, batch: int, recorded: str, prepared: Prepared) -> None:
         waited_s = time.monotonic() - self._last_end
         started = time.time()
+        self._at_work = batch + 1
         report, digest = await self.compute(functools.partial(self.trainer.train_prepared, batch, prepared))
         ended = time.time()
         if recorded and recorded != digest:
             self.log.warning("retrained differently", batch=batch, recorded=recorded, digest=digest)
-        await self.send(
+        await self._promise(
             Trained(
                 batch=batch,
                 incarnation=self.incarnation,
@@ -162,9 +207,9 @@ class TrainerRole(DeskActor):
                 started=started,
                 ended=ended,
                 tokens=report.num_tokens,
-            )
+            ),
+            Want(kind=Kind.TRAIN, samples=1),
         )
-        await self._want(1, 0)
         await self._after_step(report)
         await self._show(report, started=started, ended=ended, waited_s=waited_s)
         self._last_end = time.monotonic()
@@ -187,7 +232,7 @@ class TrainerRole(DeskActor):
         with self.waits("checkpoint"):
             path = await self.compute(lambda: self.trainer.save(self.context.run_dir / CHECKPOINTS))
             message = Saved(rollout_step=step, incarnation=self.incarnation, path=str(path), step=self._step)
-            await self.send(message)
+            await self._promise(message)
             await self._event("checkpoint", step).wait()
         self._saved = step
         # Older ones go only now that the buffer knows the new one.
@@ -206,9 +251,8 @@ class TrainerRole(DeskActor):
         self.leave(ExitCode.DRAINED if self._draining else ExitCode.FINISHED)
 
     async def on_finish(self, message: Finish) -> None:
-        """The first word means that no batch will come; the second one, that everything is done."""
-        del message
-        if self._finish.is_set() or self.trainer.rollout_step == self.plan.num_rollout:
+        """No batch will come; once everything is done, nothing is left to do but to leave."""
+        if message.done:
             self._over.set()
         self._finish.set()
 

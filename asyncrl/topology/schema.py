@@ -44,7 +44,8 @@ class RunConfig(Table, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     """Every process reports this often; a worker silent for `dead_after_s` loses its leases."""
     dead_after_s: float = 5.0
-    """Silence after which a worker counts as dead and its leases go to others. Seconds."""
+    """Silence after which a worker counts as dead: its leases go to others, and where the run started the
+    process it is killed and started again. Seconds."""
     stall_s: float = 300.0
     """No rollout step for so long stops the run with a report of who waits for what. Seconds."""
     max_restarts: int = 5

@@ -11,6 +11,7 @@ from asyncrl.errors import ExitCode
 from tests.support.books import assert_closed, one, pairs, reasons, rows
 from tests.support.command import launched, resumed
 from tests.support.processes import alive, descendants, kill, wait_until
+from tests.support.recovery import assert_replays
 
 pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
@@ -66,6 +67,7 @@ def test_a_killed_launch_takes_its_children_along_and_resumes(
         assert again.end() == ExitCode.FINISHED, again.text
     assert_closed(run.path)
     assert reasons(run.path)["trained"] == 5 * 4
+    assert_replays(run.path, steps=5)
     # What the second life trained again came out the same.
     twice = rows(
         run.path, "select batch, count(distinct digest) from trained group by batch having count(*) > 1"

@@ -211,9 +211,10 @@ def test_refusing_every_group_ends_the_run_in_words(tmp_path: Path, model: Path)
 
 @pytest.mark.timeout(300)  # two launches, which a busy machine stretches
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path, model: Path) -> None:
-    """The buffer may write no more: a limit on its files stands for a full disk."""
+    """The buffer may write no more: a limit on its files stands for a full disk (a restart would lift it)."""
     options = {
         "run.num_rollout": 12,
+        "run.max_restarts": 0,
         "generator.scripted": {"median": 16.0, "max_tokens": 16, "vocab_size": 90, "token_latency_s": 0.02},
     }
     with launched(tmp_path, model, options) as run:

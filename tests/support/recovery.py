@@ -1,0 +1,82 @@
+"""What has to hold after a run that was interfered with, and the ways to interfere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from asyncrl.errors import ExitCode
+from asyncrl.run.replay import Replay
+from tests.support.books import assert_closed, one, rows
+from tests.support.command import Run
+from tests.support.processes import wait_until
+
+BACK_S = 20.0
+"""A new life is there, and knows where it is, within this time (imports of torch on busy cores included)."""
+
+
+def assert_recovered(run: Run, *, steps: int, batch_size: int = 4) -> None:
+    """It finished; the books close, every batch is in the weights once and trains to them; no litter."""
+    assert run.end() == ExitCode.FINISHED, run.text
+    assert "Traceback" not in run.text
+    assert_closed(run.path)
+    assert one(run.path, "select count(*) from groups where reason = 'trained'") == steps * batch_size
+    differing = rows(run.path, "select batch from trained group by batch having count(distinct digest) > 1")
+    assert differing == [], "what was trained again came out differently"
+    assert_replays(run.path, steps=steps)
+    assert list((run.path.parent.parent / "weights").glob("*")) == [], "published weights are left"
+
+
+def assert_replays(run_dir: Path, *, steps: int | None = None) -> None:
+    """An uninterrupted training on the recorded batches has the recorded weights after each, to the bit."""
+    replay = Replay(run_dir)
+    try:
+        replay.start()
+        outcomes = list(replay.steps())
+    finally:
+        replay.close()
+    assert [outcome.batch for outcome in outcomes] == list(range(len(outcomes) if steps is None else steps))
+    assert outcomes
+    assert all(outcome.equal for outcome in outcomes), outcomes
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Processes under SIGSTOP; they are continued at the end, where they still are there."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def catch(pid: int, state: Callable[[], bool], what: str, *, deadline_s: float = 60.0) -> None:
+    """Stop a process in a state that is asserted while it stands still; it is left standing."""
+
+    def caught() -> bool:
+        if not state():
+            return False
+        os.kill(pid, signal.SIGSTOP)
+        if state():
+            return True
+        os.kill(pid, signal.SIGCONT)
+        return False
+
+    wait_until(caught, what, deadline_s=deadline_s)
+
+
+def new_pid(run: Run, name: str, old: int) -> int:
+    """Process id of the next life."""
+
+    def found() -> int:
+        pid = run.pid(name)
+        return pid if pid != old else 0
+
+    return wait_until(found, f"another life of {name}", deadline_s=BACK_S)

@@ -1,0 +1,118 @@
+"""The restart policy and the silence rule, as tables."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from asyncrl.actor.roster import POLICY, ROLES, Ending, Fate, MemberState, Roster, State, ending_of
+from asyncrl.errors import AsyncrlError, ConfigError, DataError, NumericsError, PluginError, RunError
+
+ENDS = {
+    Ending.FINISHED: (0, False),
+    Ending.SIGNAL: (-9, False),
+    Ending.FAILED: (1, False),
+    Ending.FINAL: (1, True),
+    Ending.CONFIG: (2, False),
+}
+"""(exit code, whether the last words were final) of each ending."""
+
+
+def ended(roster: Roster, member: MemberState, ending: Ending) -> Fate:
+    """The member ends that way."""
+    code, member.final = ENDS[ending]
+    return roster.ended(member, code)
+
+
+def test_every_role_has_a_rule_for_every_ending() -> None:
+    assert set(POLICY) == set(itertools.product(ROLES, Ending))
+    assert {ending: ending_of(*ENDS[ending][:1], final=ENDS[ending][1]) for ending in ENDS} == {
+        ending: ending for ending in ENDS
+    }
+
+
+@pytest.mark.parametrize(("role", "ending"), list(itertools.product(ROLES, Ending)))
+def test_what_follows_an_end(role: str, ending: Ending) -> None:
+    hand_written = {
+        Ending.FINISHED: Fate.EXPECTED,
+        Ending.SIGNAL: Fate.RESTART,
+        Ending.FAILED: Fate.RESTART,
+        Ending.FINAL: Fate.FAIL,
+        Ending.CONFIG: Fate.FAIL,
+    }
+    roster = Roster(max_restarts=2)
+    member = roster.join(role, role, "a")
+    assert ended(roster, member, ending) is hand_written[ending]
+    restarts = hand_written[ending] is Fate.RESTART
+    assert member.state is (State.RESTARTING if restarts else State.GONE)
+    # The budget belongs to the name, not to the life.
+    if restarts:
+        assert ended(roster, roster.join(role, role, "b"), ending) is Fate.RESTART
+        last = roster.join(role, role, "c")
+        assert ended(roster, last, ending) is Fate.FAIL
+        assert roster.spent(last) == " (restarted 2 times before; run.max_restarts = 2)"
+
+
+@pytest.mark.parametrize("ending", list(Ending))
+def test_an_end_that_was_asked_for_is_expected(ending: Ending) -> None:
+    roster = Roster(max_restarts=2)
+    attached = roster.join("far", "generator", "a", attached=True)
+    leaving = roster.join("near", "generator", "b")
+    leaving.state = State.LEAVING
+    assert ended(roster, attached, ending) is Fate.EXPECTED
+    assert ended(roster, leaving, ending) is Fate.EXPECTED
+    member = roster.join("buffer", "buffer", "c")
+    roster.ending = True
+    assert ended(roster, member, ending) is Fate.EXPECTED
+
+
+def test_which_errors_another_try_would_repeat() -> None:
+    final = {ConfigError, PluginError, DataError, NumericsError}
+    assert all(error.final for error in final)
+    assert not AsyncrlError.final
+    assert not RunError.final
+
+
+def silent(roster: Roster, now: float) -> list[str]:
+    """Names of the silent, looked for every half second."""
+    found = roster.silent(now, every_s=0.5, dead_after_s=3.0, start_s=100.0)
+    return [member.name for member, _ in found]
+
+
+def test_only_silence_beyond_the_limit_counts() -> None:
+    roster = Roster(max_restarts=1)
+    roster.join("g", "generator", "a", now=0.0)
+    roster.join("far", "generator", "b", attached=True, now=0.0)
+    # It has not reported yet: it may be loading a model.
+    assert [silent(roster, now / 2) for now in range(100)] == [[]] * 100
+    roster.heard("g", 50.0)
+    roster.heard("far", 50.0)
+    looks = {now / 2: silent(roster, now / 2) for now in range(100, 108)}
+    assert [now for now, names in looks.items() if names] == [53.5], looks
+    roster.heard("g", 53.6)
+    assert silent(roster, 54.0) == []
+
+
+def test_one_that_never_reports_is_given_up_after_its_start_deadline() -> None:
+    roster = Roster(max_restarts=1)
+    roster.join("g", "generator", "a", now=0.0)
+    assert [n for n in range(220) if silent(roster, n / 2)] == list(range(201, 220))
+
+
+def test_one_that_said_goodbye_may_clean_up_in_silence() -> None:
+    roster = Roster(max_restarts=1)
+    member = roster.join("g", "generator", "a", now=0.0)
+    roster.heard("g", 1.0)
+    member.said_why = True
+    assert [silent(roster, n / 2) for n in range(40)] == [[]] * 40
+
+
+def test_the_time_in_which_the_supervisor_stood_still_is_not_charged() -> None:
+    roster = Roster(max_restarts=1)
+    roster.join("g", "generator", "a", now=0.0)
+    roster.heard("g", 0.9)
+    assert silent(roster, 1.0) == []
+    # Ten seconds without a look: it was the supervisor that was stopped, for nine more than usual.
+    assert silent(roster, 11.0) == []
+    assert [n for n in range(22, 32) if silent(roster, n / 2)] == [26, 27, 28, 29, 30, 31]
