@@ -116,7 +116,7 @@ def _check_report(worker: WorkerRecord, report: Report, body: bytes, ledger: Led
 def _check_weights(version: int, incarnation: int, ledger: Ledger) -> None:
     """Nobody has weights of a version, or of a life of the trainer, that was never published."""
     newest = ledger.versions.published
-    if newest is None or version > newest.version or not 1 <= incarnation <= newest.incarnation:
+    if newest is None or not 0 <= version <= newest.version or not 1 <= incarnation <= newest.incarnation:
         raise ProtocolError(
             f"it names version {version}.{incarnation}; the newest one is {newest.name if newest else 'none'}"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncrl.errors import ProtocolError
-from asyncrl.messages.numbers import Count
+from asyncrl.messages.numbers import Count, Version
 
 Tokens = NDArray[np.int32]
 Logprobs = NDArray[np.float32]
@@ -61,7 +61,7 @@ class Settled(StrEnum):
 class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`num_tokens` consecutive response tokens that one version of the weights sampled."""
 
-    version: Count
+    version: Version
     """Rollout steps trained into those weights; 0 is the initial model."""
     incarnation: Count
     """Which life of the trainer made them."""

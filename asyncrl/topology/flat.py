@@ -57,6 +57,7 @@ ABSENT: dict[str, Any] = {
     "rollout_external_engine_addrs": None,
     "start_rollout_id": None,
     "load_debug_rollout_data": None,
+    "load_debug_rollout_data_subsample": None,
     "save_debug_rollout_data": None,
     "debug_train_only": False,
     "ckpt_step": None,

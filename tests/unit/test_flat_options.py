@@ -73,6 +73,8 @@ EXPECTED = {
     "opd_teacher_ckpt_step": None,
     "opd_teacher_urls": None,
     "disable_rollout_trim_samples": True,
+    "debug_rollout_only": False,
+    "load_debug_rollout_data_subsample": None,
 }
 """Every renamed or negated flag."""
 

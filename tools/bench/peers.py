@@ -97,8 +97,9 @@ class Peer:
 
     async def join(self, address: str) -> None:
         """Dial and say hello."""
-        name = f"bench-{self.role}"
-        self._link = connect(address, identity=name.encode(), receives=FromBuffer)
+        # The desk knows the source and the trainer of a run by name, and everybody by connection.
+        name = self.role if self.role in {"source", "trainer"} else f"bench-{self.role}"
+        self._link = connect(address, identity=f"{name}.1".encode(), receives=FromBuffer)
         hello = Hello(name=name, role=self.role, incarnation="1", protocol=PROTOCOL, schema=SCHEMA)
         await self.send(hello)
         answer = (await self._link.recv()).message
