@@ -26,15 +26,15 @@ def masked_whiten(
     *,
     mask_R: Tensor,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
-    shift_mean: bool = True,
 ) -> Tensor:
     """Values with mean 0 and variance 1 over the unmasked tokens of all ranks [R].
 
     mean = sum(x m) / N; var = (sum(x^2 m) / N - mean^2) N / (N - 1), without Bessel's factor for N = 1;
-    result (x - mean) rsqrt(var + 1e-8), at masked tokens as well. Without `shift_mean` the mean is added
-    back. `all_reduce` takes this rank's (sum(x m), sum(x^2 m), N), float64 [3], and returns the sum over
-    ranks; it is called exactly once, with an empty mask too; None: one rank. Values are returned as they came
-    where no rank has an unmasked token. Source: slime-miles.md 3.3, vector 9 (flag --normalize-advantages).
+    result (x - mean) rsqrt(var + 1e-8), at masked tokens as well. `all_reduce` takes this rank's (sum(x m),
+    sum(x^2 m), N), float64 [3], and returns the sum over ranks; it is called exactly once, with an empty mask
+    too; None: one rank, or values that are those of all ranks already, as the torch backend has them. Values
+    are returned as they came where no rank has an unmasked token. Source: slime-miles.md 3.3, vector 9 (flag
+    --normalize-advantages).
     """
     # float64: sum(x^2) / N - mean^2 cancels, and a float32 count stops at 2^24 tokens.
     kept_R = torch.where(mask_R > 0, values_R, 0.0).double()
@@ -45,4 +45,4 @@ def masked_whiten(
     mean = total / count
     variance = max(square / count - mean**2, 0.0) * count / max(count - 1, 1)
     whitened_R = (values_R.double() - mean) * (variance + VARIANCE_EPSILON) ** -0.5
-    return (whitened_R if shift_mean else whitened_R + mean).to(values_R.dtype)
+    return whitened_R.to(values_R.dtype)
