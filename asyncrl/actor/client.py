@@ -11,7 +11,7 @@ import msgspec
 
 from asyncrl.actor.base import LAST_WORDS_S, Actor, Context
 from asyncrl.errors import ProtocolError, StalledError
-from asyncrl.link import ClientLink, Delivery, LinkClosed, connect
+from asyncrl.link import ClientLink, Delivery, LinkClosed, ServerLink, connect
 from asyncrl.messages.codec import Body
 from asyncrl.messages.control import Finish, FromBuffer, Goodbye, Heartbeat, Refused, Welcome
 
@@ -78,15 +78,28 @@ class DeskActor(Actor):
         return []
 
     async def send(self, message: msgspec.Struct, frames: Sequence[Body] = ()) -> None:
-        """Say something to the buffer."""
+        """Say something to the buffer. Raises StalledError when it has not read for `run.stall_s`."""
         assert self._desk is not None, "not connected yet"
-        await self._desk.send(message, frames)
+        stall_s = self.plan.topology.run.stall_s
+        try:
+            async with asyncio.timeout(stall_s):
+                await self._desk.send(message, frames)
+        except TimeoutError:
+            what = type(message).__name__
+            raise StalledError(
+                f"{self.name}: {what} could not be sent; the buffer has not read for {stall_s:g} s (stall_s)"
+            ) from None
+        self.traffic.said(message)
+
+    def links(self) -> dict[str, ClientLink | ServerLink]:
+        return super().links() | ({} if self._desk is None else {"desk": self._desk})
 
     async def _read_desk(self) -> None:
         """consumes: everything the buffer says    waits for: the buffer    produces: calls of `handle`"""
         assert self._desk is not None
         while True:
             delivery = await self._desk.recv()
+            self.traffic.heard(delivery.message)
             match delivery.message:
                 case Finish():
                     await self.on_finish(delivery.message)

@@ -2,8 +2,8 @@
 
     buffer first (its address is what everybody needs) -> the others -> running -> finished | drained | failed
 
-It owns the control link: hello, telemetry, attach, detach, status. It never sees a sample. A SIGINT drains,
-a second one stops at once; both come in through `drain` and `stop`.
+It owns the control link: hello, telemetry, attach, detach, status; what is for the doctor goes to `examine`.
+It never sees a sample. A SIGINT drains, a second one stops at once; both come in through `drain` and `stop`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import msgspec
 import structlog
 
 from asyncrl.actor.base import SCHEMA
+from asyncrl.actor.examine import Doctor
 from asyncrl.actor.launchers import Handle, Launcher
 from asyncrl.actor.reception import ATTACHABLE, attach, describe, detach
 from asyncrl.actor.roster import Fate, MemberState, Roster, State, story
-from asyncrl.errors import ExitCode, StalledError
+from asyncrl.errors import ExitCode
 from asyncrl.link import Delivery, Hub, Key, PeerGone, ServerLink, bind
 from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
 from asyncrl.messages.supervision import (
@@ -85,9 +86,15 @@ class Supervisor:
         self._buffer_known = asyncio.Event()
         self._handles: dict[str, Handle] = {}
         self._over = asyncio.Event()
-        self._last_step = time.monotonic()
+        self.doctor = Doctor(
+            plan,
+            run_dir=run_dir,
+            roster=self.roster,
+            send=self._send,
+            phase=lambda: self.phase,
+            fail=self._fail,
+        )
         self._reports: dict[str, MemberUpdate] = {}
-        self._queue: Any = None
 
     # The life of a run.
 
@@ -105,6 +112,7 @@ class Supervisor:
                     task.cancel()
         finally:
             self._kill_all()
+            self.doctor.close()
             await self._link.close(linger_s=0.2)
         return self.exit_code
 
@@ -260,19 +268,15 @@ class Supervisor:
         self._drain_deadline = float("inf")
         while True:
             await asyncio.sleep(0.5)
-            if self.phase in {"training", "starting"} and time.monotonic() - self._last_step > stall_s:
-                self._fail(str(self._stalled(stall_s)))
+            if self.phase in {"training", "starting"} and self.doctor.since_step_s > stall_s:
+                reason = await self.doctor.verdict(f"no rollout step for {stall_s:g} s (run.stall_s)")
+                if self.doctor.since_step_s <= stall_s or self._over.is_set():
+                    continue  # it has moved, or ended, meanwhile
+                return self._fail(reason)
             if time.monotonic() > self._drain_deadline:
                 waiting = ", ".join(m.name for m in self.roster.present(own=True))
-                self._fail(f"the drain took more than {DRAIN_DEADLINE_S:.0f} s; still here: {waiting}")
-
-    def _stalled(self, stall_s: float) -> StalledError:
-        waits = [
-            f"{r.name} waits {r.waits_for_s:.0f} s for {r.waits_for}"
-            for r in self._reports.values()
-            if r.waits_for
-        ]
-        return StalledError(f"no rollout step for {stall_s:.0f} s (run.stall_s); " + "; ".join(waits))
+                why = f"the drain took more than {DRAIN_DEADLINE_S:.0f} s; still here: {waiting}"
+                return self._fail(await self.doctor.verdict(why))
 
     # Control messages.
 
@@ -283,6 +287,7 @@ class Supervisor:
             await self._take(await self._link.recv())
 
     async def _take(self, delivery: Delivery) -> None:
+        self.doctor.take(delivery)
         match delivery.message:
             case Hello():
                 await self._hello(delivery.peer, delivery.message)
@@ -319,7 +324,7 @@ class Supervisor:
             if hello.role not in (*ATTACHABLE, "evaluator"):
                 return
             member = self.roster.join(hello.name, hello.role, hello.incarnation, attached=True)
-        member.peer, member.pid = peer, hello.pid
+        member.peer, member.pid, member.host = peer, hello.pid, hello.host
         if member.state is State.STARTING:
             member.state = State.RUNNING
         if self.phase == "draining":
@@ -335,10 +340,9 @@ class Supervisor:
             if isinstance(update, MemberUpdate):
                 self._note_member(update)
                 continue
-            if isinstance(update, StepUpdate):
-                self._last_step = time.monotonic()
-                if self.phase == "starting":
-                    self._enter("training")
+            self.doctor.noticed(update)
+            if isinstance(update, StepUpdate) and self.phase == "starting":
+                self._enter("training")
             if isinstance(update, PhaseUpdate) and update.phase == "finished":
                 self.roster.ending = True
                 self.phase = "finished"

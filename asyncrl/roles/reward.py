@@ -20,6 +20,7 @@ from asyncrl.errors import ExitCode
 from asyncrl.messages.control import Acks, Kind, Lease, Leases, Scored, Scores, Verdict, Want
 from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Score
+from asyncrl.obs.vitals import Facts
 from asyncrl.rewards.base import RewardFailure, RewardSpec
 from asyncrl.rewards.sandbox import Sandbox
 from asyncrl.rewards.teacher import Teacher
@@ -57,6 +58,8 @@ class RewardRole(DeskActor):
         self._idle = asyncio.Event()
         self._idle.set()
         self._scored = self._failed = 0
+        self._began: dict[int, float] = {}
+        """Fence of each lease in hand -> when it came, on the monotonic clock."""
 
     async def open(self) -> None:
         await self._sandbox.start()
@@ -82,6 +85,7 @@ class RewardRole(DeskActor):
                 for lease, samples in zip(message.leases, groups, strict=True):
                     num_bytes = leased_bytes(lease.parts, sizes)
                     self._busy += 1
+                    self._began[lease.fence] = time.monotonic()
                     self._idle.clear()
                     self._jobs.put_nowait((lease, samples, num_bytes))
             case Acks():
@@ -104,6 +108,7 @@ class RewardRole(DeskActor):
         self.gauges["reward/latency_s"] = time.monotonic() - began
         await self._want(lease.kind, len(samples), num_bytes)
         self._busy -= 1
+        self._began.pop(lease.fence, None)
         if not self._busy:
             self._idle.set()
 
@@ -149,6 +154,12 @@ class RewardRole(DeskActor):
         except TimeoutError:
             self.log.warning("left with work undone", leases=self._busy)
         self.leave(ExitCode.DRAINED)
+
+    def vitals(self) -> Facts:
+        oldest = time.monotonic() - min(self._began.values()) if self._began else 0.0
+        return msgspec.structs.replace(
+            super().vitals(), held=self._busy, capacity=self.table.batch, oldest_held_s=oldest
+        )
 
     async def close(self) -> None:
         self.metrics.write(self.gauges)
