@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ import msgspec
 import structlog
 
 from asyncrl.errors import AsyncrlError, ExitCode
-from asyncrl.link import ClientLink, Hub, Key, connect
+from asyncrl.link import ClientLink, Hub, Key, ServerLink, connect
 from asyncrl.messages.codec import schema_hash
 from asyncrl.messages.control import (
     PROTOCOL,
@@ -28,15 +30,28 @@ from asyncrl.messages.control import (
     Hello,
     ToBuffer,
 )
-from asyncrl.messages.supervision import Drain, Exiting, FromSupervisor, Stop, Telemetry, ToSupervisor
+from asyncrl.messages.supervision import (
+    Diagnose,
+    Diagnosis,
+    Drain,
+    Exiting,
+    FromSupervisor,
+    Stop,
+    Telemetry,
+    ToSupervisor,
+)
 from asyncrl.obs.metrics import MetricsWriter, Waits
+from asyncrl.obs.stacks import task_stacks, thread_stacks
 from asyncrl.obs.view import MemberUpdate, Update
+from asyncrl.obs.vitals import Facts, LoopLag, Traffic, events_of, queues_of, rss_bytes, waits_of
 from asyncrl.topology.plan import Plan
 
 T = TypeVar("T")
 
 LAST_WORDS_S = 1.0
 """How long a leaving actor tries to deliver what it has sent."""
+SAY_S = 1.0
+"""How long an actor waits for the supervisor to read, while a thousand messages lie unread."""
 
 SCHEMA = schema_hash([ToBuffer, FromBuffer, ToSupervisor, FromSupervisor])
 """What this code's messages look like; peers built from other code are refused."""
@@ -80,6 +95,10 @@ class Actor:
         self.gauges: dict[str, float] = {}
         self.exit_code = ExitCode.FINISHED
         self.metrics = MetricsWriter(context.run_dir / "metrics" / f"{context.name}.jsonl")
+        self.traffic = Traffic()
+        self._lag = LoopLag()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._drain_task: asyncio.Task[None] | None = None
         self._done = asyncio.Event()
         self._control: ClientLink | None = None
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{context.name}-compute")
@@ -123,6 +142,30 @@ class Actor:
             waits_for_s=longest[1] if longest else 0.0,
         )
 
+    def vitals(self) -> Facts:
+        """What a doctor may want to know of this actor; roles add what they hold. Must not wait."""
+        return Facts(
+            name=self.name,
+            role=self.role,
+            state=self.state,
+            pid=os.getpid(),
+            uptime_s=self.waits.wall_s(),
+            loop_lag_s=self._lag.worst_s,
+            waits=waits_of(self.waits.now(), clock=time.monotonic()),
+            gauges=dict(self.gauges),
+            queues=queues_of(self),
+            events=events_of(self),
+            links={name: msgspec.structs.asdict(link.statistics()) for name, link in self.links().items()},
+            spoken=self.traffic.snapshot(),
+            rss_bytes=rss_bytes(),
+            # This thread is the one that answers: what it does now says nothing.
+            stacks=task_stacks() + [s for s in thread_stacks() if s.name != threading.current_thread().name],
+        )
+
+    def links(self) -> dict[str, ClientLink | ServerLink]:
+        """The open links, by what they are for."""
+        return {} if self._control is None else {"control": self._control}
+
     # What a role uses.
 
     def leave(self, code: ExitCode = ExitCode.FINISHED) -> None:
@@ -152,12 +195,14 @@ class Actor:
             await self.open()
             await self.begin()
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._read_control()), tasks.create_task(self._heartbeat())]
+                self._tasks = tasks
+                own = (self._read_control(), self._heartbeat(), self._lag.watch())
+                running = [tasks.create_task(loop) for loop in own]
                 await self.ready()
                 self.state = "running"
                 running += [tasks.create_task(self._guard(loop)) for loop in self.loops()]
                 await self._done.wait()
-                for task in running:
+                for task in [*running, *([self._drain_task] if self._drain_task is not None else [])]:
                     task.cancel()
             await self._say(Exiting(name=self.name, code=int(self.exit_code)))
         except BaseExceptionGroup as group:
@@ -221,18 +266,29 @@ class Actor:
         await self._control.send(self.hello())
 
     async def _say(self, message: msgspec.Struct) -> None:
-        if self._control is not None:
-            await self._control.send(message)
+        if self._control is None:
+            return
+        # A supervisor that is stopped must not stop us: what it does not read is dropped.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SAY_S):
+                await self._control.send(message)
+                self.traffic.said(message)
 
     async def _read_control(self) -> None:
         """consumes: drain, stop and what `on_control` takes    waits for: the supervisor, for ever"""
         assert self._control is not None
         while True:
             message = (await self._control.recv()).message
+            self.traffic.heard(message)
             match message:
                 case Drain():
-                    self.state = "draining"
-                    await self.drain()
+                    if self._drain_task is None and self._tasks is not None:
+                        self.state = "draining"
+                        # Beside this loop: whoever drains for long can still be asked how it is.
+                        self._drain_task = self._tasks.create_task(self.drain(), name="drain")
+                case Diagnose():
+                    facts = msgspec.json.encode(self.vitals())
+                    await self._say(Diagnosis(name=self.name, number=message.number, facts=facts))
                 case Stop():
                     self.leave(ExitCode.DRAINED if self.state == "draining" else ExitCode.FINISHED)
                 case _:

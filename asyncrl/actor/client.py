@@ -21,7 +21,7 @@ import msgspec
 
 from asyncrl.actor.base import LAST_WORDS_S, Actor, Context
 from asyncrl.errors import ProtocolError, StalledError
-from asyncrl.link import ClientLink, LinkClosed, connect
+from asyncrl.link import ClientLink, LinkClosed, ServerLink, connect
 from asyncrl.messages.codec import Body
 from asyncrl.messages.control import (
     Finish,
@@ -161,7 +161,24 @@ class DeskActor(Actor):
                     await self._talking.wait()
             if conversation != self._conversation:
                 return
-            await self._desk.send(message, frames)
+            await self._say_to_desk(message, frames)
+
+    async def _say_to_desk(self, message: msgspec.Struct, frames: Sequence[Body]) -> None:
+        """Raises StalledError when the buffer has not read for `run.stall_s`."""
+        assert self._desk is not None, "not connected yet"
+        stall_s = self.plan.topology.run.stall_s
+        try:
+            async with asyncio.timeout(stall_s):
+                await self._desk.send(message, frames)
+        except TimeoutError:
+            what = type(message).__name__
+            raise StalledError(
+                f"{self.name}: {what} could not be sent; the buffer has not read for {stall_s:g} s (stall_s)"
+            ) from None
+        self.traffic.said(message)
+
+    def links(self) -> dict[str, ClientLink | ServerLink]:
+        return super().links() | ({} if self._desk is None else {"desk": self._desk})
 
     async def _read_desk(self) -> None:
         """consumes: everything the buffer says    waits for: the buffer    produces: calls of `handle`"""
@@ -169,6 +186,7 @@ class DeskActor(Actor):
         self._reading = True
         while True:
             delivery = await self._desk.recv()
+            self.traffic.heard(delivery.message)
             match delivery.message:
                 case Welcome():
                     if delivery.message.number == self._hellos:

@@ -25,6 +25,7 @@ from asyncrl.actor.base import Actor, Context, first_error
 from asyncrl.errors import AsyncrlError, ExitCode
 from asyncrl.link import Hub, read_key
 from asyncrl.obs import log
+from asyncrl.obs.stacks import answering
 from asyncrl.topology.plan import Plan
 
 ROLES = {
@@ -97,7 +98,8 @@ def main() -> None:
         actor=options.process, run_dir=options.attempt_dir, console="none", run=plan.topology.run.name
     )
     try:
-        code = _run(plan, options)
+        with answering():
+            code = _run(plan, options)
     finally:
         logging.close()
     sys.exit(int(code))

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.actor.roster import MemberState, Roster, State
-from asyncrl.errors import ProtocolError, StalledError
+from asyncrl.errors import ProtocolError
 from asyncrl.messages.control import PROTOCOL
 from asyncrl.messages.supervision import (
     AttachReply,
@@ -101,14 +101,6 @@ def updates_of(roster: Roster, peer: bytes, message: Telemetry) -> list[Update]:
 def describe(roster: Roster, reports: Mapping[str, MemberUpdate]) -> list[dict[str, Any]]:
     """Every member as plain data."""
     return [_row(member, reports.get(member.name)) for member in roster.members.values()]
-
-
-def stalled(reports: Mapping[str, MemberUpdate], stall_s: float) -> StalledError:
-    """The end of a run in which nothing moves: who waits for what."""
-    waits = [
-        f"{r.name} waits {r.waits_for_s:.0f} s for {r.waits_for}" for r in reports.values() if r.waits_for
-    ]
-    return StalledError(f"no rollout step for {stall_s:.0f} s (run.stall_s); " + "; ".join(waits))
 
 
 def _row(member: MemberState, report: MemberUpdate | None) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class MemberState:
     state: State = State.STARTING
     peer: bytes = b""
     pid: int = 0
+    host: str = ""
+    """Where it says it runs."""
     restarts: int = 0
     last_words: str = ""
     final: bool = False

@@ -2,9 +2,10 @@
 
     buffer first (its address is what everybody needs) -> the others -> running -> finished | drained | failed
 
-It owns the control link: hello, telemetry, attach, detach, status. It never sees a sample. A SIGINT drains,
-a second one stops at once; both come in through `drain` and `stop`. A process that ends is reaped before its
-successor starts, and one that falls silent is killed first: there are never two lives of one name.
+It owns the control link: hello, telemetry, attach, detach, status; what is for the doctor goes to `examine`.
+It never sees a sample. A SIGINT drains, a second one stops at once; both come in through `drain` and `stop`.
+A process that ends is reaped before its successor starts, and one that falls silent is killed first: there
+are never two lives of one name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import asyncio
 import contextlib
 import functools
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from typing import Any
 import msgspec
 import structlog
 
-from asyncrl.actor.base import LAST_WORDS_S, SCHEMA
-from asyncrl.actor.launchers import Handle, Launcher
-from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, stalled, updates_of
-from asyncrl.actor.roster import Fate, MemberState, Roster, State, story
+from asyncrl.actor.base import SCHEMA
+from asyncrl.actor.children import Children
+from asyncrl.actor.examine import Doctor
+from asyncrl.actor.launchers import Launcher
+from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, updates_of
+from asyncrl.actor.roster import Fate, MemberState, Roster, State
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, complain
 from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
@@ -71,7 +73,7 @@ class Supervisor:
         """`show` gets every update for people; `on_address` the addresses once they are known."""
         self.plan = plan
         self.roster = Roster(max_restarts=plan.topology.run.max_restarts)
-        self.launcher = launcher
+        self.children = Children(launcher, self.roster, on_end=self._ended)
         self.run_dir = run_dir
         self.resumed = resumed
         self.failure = ""
@@ -86,13 +88,18 @@ class Supervisor:
         self._complain = functools.partial(complain, Complaints(), self.log)
         self._buffer = ""
         self._buffer_known = asyncio.Event()
-        self._handles: dict[str, Handle] = {}
-        self._said: dict[str, asyncio.Event] = {}
-        """By name: whether its present life has said its last words."""
+        self._tasks: asyncio.TaskGroup | None = None
         self._deadline = float("inf")
         """Until when everybody has to have left, once the run drains or has finished."""
         self._over = asyncio.Event()
-        self._last_step = time.monotonic()
+        self.doctor = Doctor(
+            plan,
+            run_dir=run_dir,
+            roster=self.roster,
+            send=self._send,
+            phase=lambda: self.phase,
+            fail=self._fail,
+        )
         self._reports: dict[str, MemberUpdate] = {}
 
     async def run(self) -> ExitCode:
@@ -107,14 +114,16 @@ class Supervisor:
         self._on_address(self._link.address, "")
         try:
             async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
                 running = [tasks.create_task(self._read()), tasks.create_task(self._watch())]
-                await self._start_all(tasks)
+                await self._start_all()
                 await self._over.wait()
-                await self._finish(tasks)
+                await self._finish()
                 for task in running:
                     task.cancel()
         finally:
-            self._kill_all()
+            self.children.kill_all()
+            self.doctor.close()
             await self._link.close(linger_s=0.2)
         return self.exit_code
 
@@ -125,10 +134,10 @@ class Supervisor:
             return ExitCode.FAILED
         return ExitCode.FINISHED if self.phase == "finished" else ExitCode.DRAINED
 
-    async def _start_all(self, tasks: asyncio.TaskGroup) -> None:
+    async def _start_all(self) -> None:
         first, *rest = self.plan.processes
         assert first.role == "buffer", "its address is what the others need"
-        await self._start(first, tasks)
+        await self._start(first)
         events = [asyncio.ensure_future(event.wait()) for event in (self._buffer_known, self._over)]
         done, pending = await asyncio.wait(
             events, timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
@@ -140,27 +149,17 @@ class Supervisor:
         if self._over.is_set():
             return
         for process in rest:
-            await self._start(process, tasks)
+            await self._start(process)
 
-    async def _start(self, process: ProcessPlan, tasks: asyncio.TaskGroup) -> None:
-        incarnation = uuid.uuid4().hex[:12]
-        member = self.roster.join(process.name, process.role, incarnation, now=time.monotonic())
-        self._said[process.name] = asyncio.Event()
+    async def _start(self, process: ProcessPlan) -> None:
+        assert self._link is not None
+        assert self._tasks is not None
         listen = self._buffer
         if process.role == "buffer":
             listen = self._buffer or self._buffer_address()
-        assert self._link is not None
-        handle = await self.launcher.start(
-            process,
-            incarnation=incarnation,
-            control=self._link.address,
-            buffer=listen,
-            # Its former life, too, belongs to this launch, and so do the workers that hold leases.
-            resumed=self.resumed and not member.restarts,
+        await self.children.start(
+            process, self._tasks, control=self._link.address, buffer=listen, resumed=self.resumed
         )
-        member.pid = handle.pid
-        self._handles[process.name] = handle
-        tasks.create_task(self._reap(process, member, handle, tasks))
 
     def _buffer_address(self) -> str:
         if self._memory:
@@ -169,20 +168,11 @@ class Supervisor:
             return self.plan.topology.run.buffer_address
         return self._address.rpartition(":")[0] + ":0"
 
-    async def _reap(
-        self, process: ProcessPlan, member: MemberState, handle: Handle, tasks: asyncio.TaskGroup
-    ) -> None:
+    async def _ended(self, process: ProcessPlan, member: MemberState, code: int) -> None:
         """A process ended: what follows is the roster's to say."""
-        code = await handle.wait()
-        if code > 0:
-            # They were sent before it ended, but may still lie in our own socket.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._said[member.name].wait(), LAST_WORDS_S)
         fate = self.roster.ended(member, code)
-        text = self._story(member, code)
+        text = self.children.story(member, code)
         self._gone(member)
-        if self._handles.get(member.name) is handle:
-            del self._handles[member.name]
         if fate is Fate.EXPECTED:
             if member.last_words and code not in {0, int(ExitCode.DRAINED)}:
                 self.log.warning("ended badly", member=member.name, code=code, message=member.last_words)
@@ -200,16 +190,10 @@ class Supervisor:
         )
         await asyncio.sleep(self.roster.backoff_s(member))
         if not self.roster.ending:
-            await self._start(process, tasks)
+            await self._start(process)
             return
         member.state = State.GONE
         self._maybe_over()
-
-    def _story(self, member: MemberState, code: int) -> str:
-        """How a process ended, and where to look when it said nothing."""
-        text = story(member, code)
-        output = self.launcher.attempt_dir / "log" / f"{member.name}.out"
-        return text if member.last_words or code == 0 else f"{text}; its output is in {output}"
 
     def _gone(self, member: MemberState) -> None:
         report = self._reports.get(member.name)
@@ -230,22 +214,13 @@ class Supervisor:
         if self.roster.ending and (roles <= {"buffer"} or "buffer" not in roles):
             self._over.set()
 
-    async def _finish(self, tasks: asyncio.TaskGroup) -> None:
+    async def _finish(self) -> None:
         """The last to leave are the buffer and, after a failure, everybody."""
-        del tasks
         for member in list(self.roster.present()):
             if member.peer and (not member.attached or self.failure):
                 await self._send(member.peer, Stop())
-        deadline = FINISH_DEADLINE_S if not self.failure else 5.0
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline):
-                for handle in list(self._handles.values()):
-                    await handle.wait()
-        self._kill_all()
-
-    def _kill_all(self) -> None:
-        for handle in self._handles.values():
-            handle.kill()
+        await self.children.wait_all(FINISH_DEADLINE_S if not self.failure else 5.0)
+        self.children.kill_all()
 
     def _enter(self, phase: str) -> None:
         self.phase = phase
@@ -267,7 +242,7 @@ class Supervisor:
     def stop(self) -> None:
         """The second Ctrl-C: everybody stops at once; what was acknowledged is safe."""
         self.roster.ending = True
-        self._kill_all()
+        self.children.kill_all()
         self._over.set()
 
     async def _watch(self) -> None:
@@ -276,12 +251,16 @@ class Supervisor:
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
-            if self.phase in {"training", "starting"} and now - self._last_step > stall_s:
-                self._fail(str(stalled(self._reports, stall_s)))
             self._end_the_silent(now)
+            if self.phase in {"training", "starting"} and self.doctor.since_step_s > stall_s:
+                reason = await self.doctor.verdict(f"no rollout step for {stall_s:g} s (run.stall_s)")
+                # It may have moved, or ended, meanwhile.
+                if self.doctor.since_step_s > stall_s and not self._over.is_set():
+                    self._fail(reason)
             if now > self._deadline and self.phase == "draining":
                 waiting = ", ".join(m.name for m in self.roster.present(own=True))
-                self._fail(f"the drain took more than {DRAIN_DEADLINE_S:.0f} s; still here: {waiting}")
+                why = f"the drain took more than {DRAIN_DEADLINE_S:.0f} s; still here: {waiting}"
+                self._fail(await self.doctor.verdict(why))
             elif now > self._deadline:
                 self._over.set()
 
@@ -291,10 +270,8 @@ class Supervisor:
         for member, silence in self.roster.silent(
             now, every_s=LOOK_S, dead_after_s=dead_after_s, start_s=START_DEADLINE_S
         ):
-            handle = self._handles.get(member.name)
-            if handle is not None:
+            if self.children.kill(member.name):
                 member.last_words = f"silent for {silence:.1f} s (run.dead_after_s = {dead_after_s:g})"
-                handle.kill()
 
     async def _read(self) -> None:
         """consumes: what actors and commands say    waits for: them"""
@@ -303,6 +280,7 @@ class Supervisor:
             await self._take(await self._link.recv())
 
     async def _take(self, delivery: Delivery) -> None:
+        self.doctor.take(delivery)
         match delivery.message:
             case Hello():
                 await self._hello(delivery.peer, delivery.message)
@@ -323,9 +301,10 @@ class Supervisor:
 
     def _exiting(self, peer: bytes, message: Exiting) -> None:
         member = self.roster.said_why(peer, message)
-        if member is not None and member.name in self._said:
-            self._said[member.name].set()
-        if member is not None and member.attached:
+        if member is None:
+            return
+        self.children.said_why(member.name)
+        if member.attached:
             member.state = State.GONE
             self._gone(member)
 
@@ -344,7 +323,7 @@ class Supervisor:
                 return
             now = time.monotonic()
             member = self.roster.join(hello.name, hello.role, hello.incarnation, attached=True, now=now)
-        member.peer, member.pid = peer, hello.pid
+        member.peer, member.pid, member.host = peer, hello.pid, hello.host
         if member.state is State.STARTING:
             member.state = State.RUNNING
         if self.phase == "draining":
@@ -365,10 +344,9 @@ class Supervisor:
         for update in updates:
             if isinstance(update, MemberUpdate):
                 self._reports[update.name] = update
-            if isinstance(update, StepUpdate):
-                self._last_step = time.monotonic()
-                if self.phase == "starting":
-                    self._enter("training")
+            self.doctor.noticed(update)
+            if isinstance(update, StepUpdate) and self.phase == "starting":
+                self._enter("training")
             if isinstance(update, PhaseUpdate) and update.phase == "finished":
                 self.roster.ending = True
                 self.phase = "finished"

@@ -17,6 +17,7 @@ from asyncrl.errors import ExitCode
 from asyncrl.link import make_key
 from asyncrl.messages.supervision import AttachReply, DetachRequest, StatusRequest
 from asyncrl.obs import log
+from asyncrl.obs.stacks import answering
 from asyncrl.obs.text import duration, short
 from asyncrl.run.overview import overview
 from asyncrl.run.remote import Place, find, question
@@ -54,9 +55,11 @@ def attach(role: str, address: str, *, key: Path | None, name: str | None, overr
         actor=name or role, run_dir=None, console="pretty" if sys.stderr.isatty() else "plain"
     )
     try:
-        code = uvloop.run(
-            join(role, place.address, key_path=key, name=name or "", overrides=overrides, on_joined=joined)
+        joining = join(
+            role, place.address, key_path=key, name=name or "", overrides=overrides, on_joined=joined
         )
+        with answering():
+            code = uvloop.run(joining)
     finally:
         logging.close()
     console.print("left the run" if code is ExitCode.DRAINED else "the run has ended")

@@ -172,6 +172,18 @@ def status(run: LiveRun = None, *, as_json: AsJson = False, key: KeyFile = None)
 
 
 @app.command()
+def doctor(run: LiveRun = None, *, as_json: AsJson = False, key: KeyFile = None) -> None:
+    """Say why nothing moves: the most likely cause in one sentence.
+
+    Below it stacks, waits, queues, credits and leases of every process. Of a run that has ended, what its
+    records tell. The report is kept below RUN/doctor.
+    """
+    from asyncrl.cli import doctor as command
+
+    _leave(command.doctor(run, as_json=as_json, key=key))
+
+
+@app.command()
 def replay(
     run: Run,
     *,

@@ -1,7 +1,7 @@
 """The control link: what actors and commands say to the supervisor, and what it answers.
 
 Hello and its answers are those of the desk link (`control`); the rest is telemetry, the end of an actor, and
-the questions of `attach`, `detach` and `status`.
+the questions of `attach`, `detach`, `status` and `doctor`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,32 @@ class Exiting(Message, frozen=True, kw_only=True):
     message: str = ""
     final: bool = False
     """Another try would end the same way."""
+
+
+class Diagnose(Message, frozen=True, kw_only=True):
+    """`asyncrl doctor` to the supervisor, and the supervisor to actors: say how you are.
+
+    A supervisor answers with a Reply whose data is a report, an actor with Diagnosis.
+    """
+
+    number: int = 0
+    """Of the round; comes back in the answer."""
+
+
+class Diagnosis(Message, frozen=True, kw_only=True):
+    """Actor to supervisor: how I am."""
+
+    name: str
+    number: int
+    facts: bytes = b""
+    """JSON of `obs.vitals.Facts`."""
+
+
+class Alarm(Message, frozen=True, kw_only=True):
+    """Actor to supervisor: the run cannot go on, and I wait a moment so that you can see why."""
+
+    name: str
+    reason: str
 
 
 class AttachRequest(Message, frozen=True, kw_only=True):
@@ -79,5 +105,7 @@ class Reply(Message, frozen=True, kw_only=True):
     """JSON."""
 
 
-ToSupervisor = Hello | Telemetry | Exiting | AttachRequest | DetachRequest | StatusRequest
-FromSupervisor = Welcome | Refused | MemberLost | Drain | Stop | AttachReply | Reply
+ToSupervisor = (
+    Hello | Telemetry | Exiting | Alarm | Diagnose | Diagnosis | AttachRequest | DetachRequest | StatusRequest
+)
+FromSupervisor = Welcome | Refused | MemberLost | Drain | Stop | Diagnose | AttachReply | Reply

@@ -24,6 +24,7 @@ import msgspec
 
 from asyncrl.errors import AsyncrlError, ConfigError, RewardError
 from asyncrl.messages.sample import Score
+from asyncrl.obs.stacks import Answering
 from asyncrl.rewards.base import FailureKind, RewardFailure, check_group, name_of, normalise
 from asyncrl.rewards.judge import Judge
 from asyncrl.rewards.wire import (
@@ -167,6 +168,8 @@ def main() -> None:
     """Load what Setup names, then do Work until killed."""
     die_with_parent()
     faulthandler.enable()
+    # Never closed: a doctor may ask until the kernel ends this process.
+    Answering().open()
     pipe = Pipe()
     setup = pipe.receive()
     assert isinstance(setup, Setup)

@@ -17,6 +17,8 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+import msgspec
+
 from asyncrl.actor.base import SCHEMA, Actor, Context
 from asyncrl.buffer.config import ledger_config
 from asyncrl.buffer.delivery import Courier
@@ -30,13 +32,25 @@ from asyncrl.buffer.restore import release_all, restore
 from asyncrl.buffer.settled import settled
 from asyncrl.buffer.states import Outgoing, Transaction, WorkerRecord
 from asyncrl.buffer.store import Store
+from asyncrl.buffer.vitals import desk_facts
 from asyncrl.errors import ExitCode, NothingToTrainError, ProtocolError
-from asyncrl.link import Complaints, Delivery, PeerGone, ServerLink, bind, complain, shown
+from asyncrl.link import (
+    ClientLink,
+    Complaints,
+    Delivery,
+    PeerGone,
+    ServerLink,
+    bind,
+    complain,
+    shown,
+)
 from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
+from asyncrl.messages.supervision import Alarm
 from asyncrl.obs.log import group_line
 from asyncrl.obs.view import NoteUpdate, PhaseUpdate, QueueUpdate
+from asyncrl.obs.vitals import Facts
 
 SWITCH_S = 0.0005
 """Longest wait of one of the buffer's two threads for the other, in its own process."""
@@ -46,6 +60,8 @@ ONLY_ONE = ("source", "trainer", "evaluator")
 """Roles that a run has at most one actor of."""
 OLD = 2
 """A group is old that is unfinished after so many times max_staleness + 1 batches."""
+ALARM_S = 10.0
+"""How long the buffer stays when the run cannot go on, so that the supervisor can examine everybody."""
 GC_THRESHOLD = (50_000, 20, 50)
 """When the cycle collector runs there; Python's own default is (700, 10, 10)."""
 
@@ -74,6 +90,7 @@ class BufferRole(Actor):
         self._starving = ""
         self._came: list[bytes] = []
         """Trainers that said hello since the last commit: what was on its way to them was not for now."""
+        self._free_bytes = 0
 
     @property
     def store(self) -> Store:
@@ -123,6 +140,7 @@ class BufferRole(Actor):
     async def _take(self, delivery: Delivery) -> None:
         now = time.time()
         message, peer = delivery.message, delivery.peer
+        self.traffic.heard(message)
         if isinstance(message, control.Hello):
             await self._hello(peer, message, now)
             return
@@ -202,8 +220,8 @@ class BufferRole(Actor):
             await asyncio.sleep(TICK_S)
             for name in self.members.tick(time.time()):
                 self.log.warning("silent", member=name)
-            free = shutil.disk_usage(self.context.run_dir).free
-            self.ledger.low_on_disk = free < self.plan.topology.buffer.min_free_bytes
+            self._free_bytes = shutil.disk_usage(self.context.run_dir).free
+            self.ledger.low_on_disk = self._free_bytes < self.plan.topology.buffer.min_free_bytes
             self._changed.set()
             await self._show()
 
@@ -251,7 +269,7 @@ class BufferRole(Actor):
             self._changed.clear()
             self.pump.run(time.time())
             if self.ledger.failure:
-                raise NothingToTrainError(self.ledger.failure)
+                await self._alarm(self.ledger.failure)
             transaction = self.ledger.book.take()
             if transaction.empty and not self._courier_has_work():
                 continue
@@ -264,6 +282,22 @@ class BufferRole(Actor):
             for item, frames in outgoing:
                 await self._post(item, frames)
             await self._maybe_end()
+
+    async def _alarm(self, reason: str) -> None:
+        """The run cannot go on: the supervisor ends it once it has seen why, else we do."""
+        await self._say(Alarm(name=self.name, reason=reason))
+        with self.waits("supervisor"):
+            await asyncio.sleep(ALARM_S)
+        raise NothingToTrainError(reason)
+
+    def vitals(self) -> Facts:
+        wanted = self.plan.topology.buffer.min_free_bytes
+        free = self._free_bytes
+        desk = desk_facts(self.ledger, now=time.time(), free_bytes=free, min_free_bytes=wanted)
+        return msgspec.structs.replace(super().vitals(), desk=desk)
+
+    def links(self) -> dict[str, ClientLink | ServerLink]:
+        return super().links() | ({} if self._link is None else {"desk": self._link})
 
     def _courier_has_work(self) -> bool:
         return self._courier is not None and self._courier.has_work
@@ -310,6 +344,7 @@ class BufferRole(Actor):
         assert self._link is not None
         try:
             await self._link.send(item.peer, item.message, frames)
+            self.traffic.said(item.message)
         except PeerGone:
             worker = self.ledger.fleet.workers.get(item.peer)
             self.log.info(

@@ -7,6 +7,7 @@ NewVersion -> receive, verify -> engine.load_weights -> Swapped, credit under th
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from asyncrl.messages.sample import Sample, Segment, Status
 from asyncrl.messages.version import Manifest
 from asyncrl.obs.log import version_line
 from asyncrl.obs.view import MemberUpdate
+from asyncrl.obs.vitals import Facts
 from asyncrl.topology.flat import flat_options
 from asyncrl.topology.plan import generator_credit
 from asyncrl.topology.plugins import load_checked
@@ -57,6 +59,7 @@ class GeneratorRole(DeskActor):
         )
         self._jobs: asyncio.Queue[tuple[Lease, Sample, int]] = asyncio.Queue()
         self._announced: Manifest | None = None
+        self._announced_at = 0.0
         self._news = asyncio.Event()
         self._engine: Engine | None = None
         self._custom: Callable[..., Any] | None = None
@@ -137,7 +140,7 @@ class GeneratorRole(DeskActor):
                 self._announce(message.manifest)
 
     def _announce(self, manifest: Manifest) -> None:
-        self._announced = manifest
+        self._announced, self._announced_at = manifest, time.monotonic()
         self._news.set()
 
     # Work.
@@ -279,6 +282,16 @@ class GeneratorRole(DeskActor):
         return msgspec.structs.replace(
             super().member(), version=self.version[0], generated_tokens=tokens, push_pause_s=self._pause_s
         )
+
+    def vitals(self) -> Facts:
+        facts = msgspec.structs.replace(
+            super().vitals(), held=self._held, capacity=self.capacity, version=self.version[0]
+        )
+        news = self._announced
+        if news is None or (news.version, news.incarnation) == self.version:
+            return facts
+        since = time.monotonic() - self._announced_at
+        return msgspec.structs.replace(facts, announced=news.version, announced_s=since)
 
     async def close(self) -> None:
         if self._engine is not None:

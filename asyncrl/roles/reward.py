@@ -31,6 +31,7 @@ from asyncrl.messages.control import (
 )
 from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Score
+from asyncrl.obs.vitals import Facts
 from asyncrl.rewards.base import RewardFailure, RewardSpec
 from asyncrl.rewards.sandbox import Sandbox
 from asyncrl.rewards.teacher import Teacher
@@ -71,6 +72,8 @@ class RewardRole(DeskActor):
         self._idle = asyncio.Event()
         self._idle.set()
         self._scored = self._failed = 0
+        self._began: dict[int, float] = {}
+        """Fence of each lease in hand -> when it came, on the monotonic clock."""
 
     async def open(self) -> None:
         await self._sandbox.start()
@@ -116,6 +119,7 @@ class RewardRole(DeskActor):
                         self._jobs.put_nowait((lease, [], num_bytes))
                         continue
                     self._held[lease.fence] = (lease.kind, len(samples), num_bytes)
+                    self._began[lease.fence] = time.monotonic()
                     self._idle.clear()
                     self._jobs.put_nowait((lease, samples, num_bytes))
             case Acks():
@@ -142,6 +146,7 @@ class RewardRole(DeskActor):
         self.gauges["reward/latency_s"] = time.monotonic() - began
         self._unsaid[lease.fence] = result
         del self._held[lease.fence]
+        self._began.pop(lease.fence, None)
         await self.say(result, (self._credit(lease.kind, len(samples), num_bytes), ()))
         if not self._held:
             self._idle.set()
@@ -188,6 +193,12 @@ class RewardRole(DeskActor):
         except TimeoutError:
             self.log.warning("left with work undone", leases=len(self._held))
         self.leave(ExitCode.DRAINED)
+
+    def vitals(self) -> Facts:
+        oldest = time.monotonic() - min(self._began.values()) if self._began else 0.0
+        return msgspec.structs.replace(
+            super().vitals(), held=len(self._held), capacity=self.table.batch, oldest_held_s=oldest
+        )
 
     async def close(self) -> None:
         self.metrics.write(self.gauges)

@@ -18,6 +18,7 @@ from asyncrl.actor.supervisor import Supervisor
 from asyncrl.errors import ExitCode
 from asyncrl.link import Hub, Key, check_private, read_key
 from asyncrl.obs import log
+from asyncrl.obs.stacks import answering
 from asyncrl.obs.top import Top
 from asyncrl.obs.view import PlanUpdate, RunView, Update
 from asyncrl.run.rundir import RunDir
@@ -55,7 +56,8 @@ class Session:
             phase="starting", pid=os.getpid(), started_at=time.time(), exit_code=None, detail=""
         )
         try:
-            code: ExitCode = uvloop.run(self._live())
+            with answering():
+                code: ExitCode = uvloop.run(self._live())
         finally:
             logging.close()
         detail = self.supervisor.failure if self.supervisor is not None else ""

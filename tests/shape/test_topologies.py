@@ -21,6 +21,7 @@ IMPLEMENTATIONS = {
     "run": ["launch"],
     "live": ["attach", "detach", "status", "keys"],
     "records": ["replay", "audit", "story"],
+    "doctor": ["doctor"],
 }
 
 
