@@ -1,6 +1,6 @@
 """The benchmarks of the README, all or some, one after the other.
 
-python -m tools.bench [engine buffer overlap job seeds cli logprobs options] [--quick] [--json DIR]
+python -m tools.bench [engine buffer faults overlap job seeds cli logprobs options] [--quick] [--json DIR]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from tools.bench import report
 from tools.bench.report import Options, Section
 
-NAMES = ("engine", "buffer", "overlap", "job", "seeds", "cli", "logprobs", "options")
+NAMES = ("engine", "buffer", "faults", "overlap", "job", "seeds", "cli", "logprobs", "options")
 """In the order in which they run."""
 
 

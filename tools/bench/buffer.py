@@ -146,14 +146,22 @@ def _targets(by_tokens: dict[int, list[Run]], memory: Run) -> list[Target]:
     ]
 
 
-async def measure(options: Options, *, tokens: int, batches: int, attempt: int) -> Run:
-    """One buffer from start to stop, then the bare loop. Raises TimeoutError, RunError."""
+async def measure(
+    options: Options, *, tokens: int, batches: int, attempt: int, volatile: bool = False
+) -> Run:
+    """One buffer from start to stop, then the bare loop. Raises TimeoutError, RunError.
+
+    A `volatile` one never waits for the disk.
+    """
     bodies = Bodies(tokens=tokens, group_size=GROUP_SIZE)
-    directory = options.work / f"buffer-{tokens}-{attempt}"
+    directory = options.work / f"buffer-{tokens}-{attempt}{'-volatile' if volatile else ''}"
     profile = options.work / f"profile-{tokens}-{attempt}.txt" if options.profile else None
     generator, trainer = Generator(bodies), Trainer(bodies)
     peers = [trainer, Source(bodies), Reward(bodies), generator]
-    async with asyncio.timeout(DEADLINE_S), _buffer(directory, batches, profile) as (child, address):
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        _buffer(directory, batches, profile, volatile=volatile) as (child, address),
+    ):
         pid = child.pid
         rss = [rss_mib(pid)]
         async with _joined(peers, address, child):
@@ -201,7 +209,9 @@ async def _alive(child: Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncIterator[tuple[Process, str]]:
+async def _buffer(
+    directory: Path, batches: int, profile: Path | None, *, volatile: bool
+) -> AsyncIterator[tuple[Process, str]]:
     """A buffer process and its address. We are its supervisor."""
     log = directory / "attempt-001" / "log"
     for folder in (log, directory / "metrics"):
@@ -209,8 +219,8 @@ async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncI
     (directory / "plan.json").write_bytes(msgspec.json.encode(plan(batches)))
     control = bind("tcp://127.0.0.1:0", receives=ToSupervisor)
     arguments = [
-        *(["--profile", str(profile)] if profile else []), str(directory), "buffer", "--attempt-dir",
-        str(log.parent), "--control", control.address, "--buffer", "tcp://127.0.0.1:0",
+        *(["--profile", str(profile)] if profile else []), *(["--volatile"] if volatile else []),
+        str(directory), "buffer", "--attempt-dir", str(log.parent), "--control", control.address, "--buffer", "tcp://127.0.0.1:0",
         "--incarnation", "bench", "--parent", str(os.getpid()),
     ]  # fmt: skip
     with (log / "buffer.out").open("wb") as output:

@@ -1,13 +1,16 @@
 """The real buffer process, with a sampling profiler beside it where one is asked for.
 
-    python -m tools.bench.desk [--profile FILE] RUN_DIR buffer --control ADDRESS ...
+    python -m tools.bench.desk [--profile FILE] [--volatile] RUN_DIR buffer --control ADDRESS ...
 
-Everything after --profile goes to `asyncrl.actor.host`, unchanged. The profiler looks at every thread's stack
-200 times a second: it sees both threads of the buffer, and it costs a percent or two.
+Everything after these goes to `asyncrl.actor.host`, unchanged. The profiler looks at every thread's stack
+200 times a second: it sees both threads of the buffer, and it costs a percent or two. --volatile takes the
+syncs away and nothing else: what durability costs is the difference.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 import threading
 from collections import Counter
@@ -15,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from asyncrl.actor import host
+from asyncrl.buffer.store import Store
+from asyncrl.roles import buffer as role
 
 INTERVAL_S = 0.005
 TOP = 25
@@ -68,19 +73,30 @@ class Sampler:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def forget_to_sync() -> None:
+    """From here on nothing in this process waits for the disk."""
+    os.fdatasync = lambda _: None
+    role.Store = functools.partial(Store, synchronous="off")  # type: ignore[assignment,misc]
+
+
 def main() -> None:
     """Run the buffer until it is told to stop."""
-    if sys.argv[1] != "--profile":
+    profile = None
+    if sys.argv[1] == "--profile":
+        profile = Path(sys.argv[2])
+        del sys.argv[1:3]
+    if sys.argv[1] == "--volatile":
+        del sys.argv[1]
+        forget_to_sync()
+    if profile is None:
         host.main()
         return
-    path = Path(sys.argv[2])
-    del sys.argv[1:3]
     sampler = Sampler()
     sampler.start()
     try:
         host.main()
     finally:
-        sampler.write(path)
+        sampler.write(profile)
 
 
 if __name__ == "__main__":
