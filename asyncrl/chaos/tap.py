@@ -31,7 +31,7 @@ class _Letter(NamedTuple):
     frames: Sequence[Body]
 
 
-LinkT = TypeVar("LinkT", ClientLink, ServerLink)
+LinkT = TypeVar("LinkT", bound=ClientLink | ServerLink)
 
 
 class _Tap(Generic[LinkT]):
