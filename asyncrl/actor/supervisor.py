@@ -27,6 +27,7 @@ from asyncrl.actor.examine import Doctor
 from asyncrl.actor.launchers import Launcher
 from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, updates_of
 from asyncrl.actor.roster import Fate, MemberState, Roster, State
+from asyncrl.chaos import begin_life, tapped_server
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, complain
 from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
@@ -104,13 +105,12 @@ class Supervisor:
 
     async def run(self) -> ExitCode:
         """Start everything and see it through."""
-        self._link = bind(
-            self._address,
-            receives=ToSupervisor,
-            security=self._key,
-            hub=self._hub,
+        life = begin_life("supervisor", plan=self.plan, run_dir=self.run_dir, in_process=self._memory)
+        link = bind(
+            self._address, receives=ToSupervisor, security=self._key, hub=self._hub,
             on_malformed=functools.partial(self._complain, "malformed"),
-        )
+        )  # fmt: skip
+        self._link = tapped_server(link, life)
         self._on_address(self._link.address, "")
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -40,7 +40,6 @@ from asyncrl.link import (
     Delivery,
     PeerGone,
     ServerLink,
-    bind,
     complain,
     shown,
 )
@@ -114,11 +113,9 @@ class BufferRole(Actor):
         if self.context.resumed:
             release_all(self.ledger, "the run was resumed", time.time())
         self._courier = Courier(self.store, window_bytes=options.window_bytes)
-        self._link = bind(
+        self._link = self.context.bind(
             self.context.desk_address,
             receives=ToBuffer,
-            security=self.context.key,
-            hub=self.context.hub,
             on_malformed=functools.partial(self._complain, "malformed"),
         )
 
