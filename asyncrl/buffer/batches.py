@@ -73,9 +73,10 @@ class Batches:
             planned = self.next_batch * self.batch_size + self.dues.total()
             if planned >= self.target * self.batch_size + self.surplus:
                 return False
-        if newest:
-            return True
         due = version + self.max_staleness
+        if newest:
+            # Over-sampling leaves tickets when all the batches that a version's groups may be in are cut.
+            return due >= self.next_batch
         return feasible(self.dues + Counter({due: 1}), self.next_batch, self.batch_size)
 
     @property

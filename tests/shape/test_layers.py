@@ -20,7 +20,7 @@ LAYERS = (
     {"chaos"},
     {"actor"},
     {"algo", "rewards", "buffer", "weights", "data"},
-    {"engines", "train"},
+    {"engines", "train", "sim"},
     {"roles"},
     {"run"},
     {"cli"},
