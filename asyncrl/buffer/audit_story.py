@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from asyncrl.buffer.deaths import cost, deaths
 from asyncrl.buffer.records import connect
 from asyncrl.errors import DataError, StorageError
 
@@ -90,7 +91,14 @@ def _leased(db: sqlite3.Connection, group: int, sample: int | None) -> list[_Eve
         events += _handed_in(db, group, sample, fence, at)
         if ended is not None:
             events.append(_Event(ended, 3, fence, f"lease {fence} of {worker} ended: {outcome}"))
+            events += _died(db, fence, worker, ended, outcome)
     return events
+
+
+def _died(db: sqlite3.Connection, fence: int, worker: str, ended: float, outcome: str) -> list[_Event]:
+    """What the death cost that ended this lease, if one did."""
+    lost = [row for row in deaths(db) if (row.name, row.at, row.reason) == (worker, ended, outcome)]
+    return [_Event(ended, 3, fence, f"{worker} was lost: {cost(lost)}")] if lost else []
 
 
 def _handed_in(db: sqlite3.Connection, group: int, sample: int | None, fence: int, at: float) -> list[_Event]:

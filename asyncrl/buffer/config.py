@@ -24,6 +24,11 @@ class LedgerConfig(msgspec.Struct, frozen=True, kw_only=True):
     group_rm: bool = False
     max_refused_per_step: int = 1_000_000
     max_attempts: int = 3
+    progress_every_tokens: int = 256
+    """0: an answer is handed in at its end alone."""
+    max_response_len: int = 1024
+    """Tokens; what a death may cost at most."""
+    eval_max_response_len: int = 1024
     dead_after_s: float = 5.0
     evaluates: bool = False
     eval_interval: int | None = None
@@ -54,6 +59,9 @@ def ledger_config(plan: Plan) -> LedgerConfig:
         group_rm=any(table.group_rm for table in topology.reward),
         max_refused_per_step=rollout.max_refused_per_step or 10 * rollout.rollout_batch_size,
         max_attempts=rollout.max_attempts,
+        progress_every_tokens=rollout.progress_every_tokens * (rollout.custom_generate_function_path is None),
+        max_response_len=rollout.rollout_max_response_len,
+        eval_max_response_len=topology.eval.eval_max_response_len or rollout.rollout_max_response_len,
         dead_after_s=topology.run.dead_after_s,
         evaluates=bool(plan.eval_sets),
         eval_interval=topology.eval.eval_interval,

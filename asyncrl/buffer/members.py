@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncrl.buffer import deaths
 from asyncrl.buffer.ledger import TICK_S, Ledger
 from asyncrl.buffer.states import WorkerRecord, parts_of, size_of
 from asyncrl.messages.control import (
@@ -150,8 +151,9 @@ class Members:
             self.ledger.book.row("untrain_samples", step)
 
     def leave(self, worker: WorkerRecord, reason: str, now: float) -> None:
-        """It said goodbye."""
-        self._remove(worker, reason, now, ours=True)
+        """It said goodbye. One that says so while it runs failed, and what it holds is not handed back."""
+        failed = reason == "running" and bool(worker.leases)
+        self._remove(worker, f"failed ({reason})" if failed else reason, now, ours=True, died=failed)
 
     def expel(self, worker: WorkerRecord, reason: str, now: float) -> None:
         """It broke the protocol: nothing it holds is its own any more. No sample is to blame for that."""
@@ -168,12 +170,19 @@ class Members:
     def _forget(self, identity: tuple[str, str], reason: str, now: float) -> None:
         """Somebody from before the buffer's restart will not come back. Whose fault that is, nobody knows."""
         self.ledger.book.seq += 1
-        self.ledger.release(self.ledger.fleet.take_leases(identity), reason, now, ours=True)
+        leases = self.ledger.fleet.take_leases(identity)
+        deaths.record(self.ledger, identity, leases, reason, now)
+        self.ledger.release(leases, reason, now, ours=True)
         self.ledger.book.row("member_left", now, reason, *identity)
 
-    def _remove(self, worker: WorkerRecord, reason: str, now: float, *, ours: bool) -> None:
+    def _remove(
+        self, worker: WorkerRecord, reason: str, now: float, *, ours: bool, died: bool = True
+    ) -> None:
         self.ledger.book.seq += 1
         leases = self.ledger.fleet.leave(worker)
+        if died:
+            identity = (worker.name, worker.incarnation)
+            deaths.record(self.ledger, identity, leases, reason, now)
         self.ledger.release(leases, reason, now, ours=ours)
         self.ledger.book.row("member_left", now, reason, worker.name, worker.incarnation)
         if worker.role == "trainer" and self.ledger.fleet.only("trainer") is None:

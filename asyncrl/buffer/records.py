@@ -20,6 +20,7 @@ from urllib.parse import quote
 import msgspec
 import xxhash
 
+from asyncrl.buffer.deaths import DeathRow, deaths
 from asyncrl.buffer.figures import Figures, compute
 from asyncrl.buffer.segments import Location, Segments
 from asyncrl.buffer.store import BODIES, DATABASE, batch_parts
@@ -199,6 +200,10 @@ class Records:
     def members(self) -> list[MemberRow]:
         """Every life of every actor, in the order they came."""
         return [MemberRow(*row) for row in self._rows("select * from members order by joined_at, name")]
+
+    def deaths(self) -> list[DeathRow]:
+        """Every worker the desk lost, and what that cost, in the order they went."""
+        return deaths(self.db)
 
     def leases(self, *, open_only: bool = False) -> list[LeaseRow]:
         """Leases in the order they were given."""

@@ -10,6 +10,7 @@ import sqlite3
 
 import msgspec
 
+from asyncrl.buffer import deaths
 from asyncrl.buffer.batches import BatchRecord
 from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.members import Members
@@ -64,6 +65,7 @@ def restore(ledger: Ledger, members: Members, store: Store) -> None:
 def release_all(ledger: Ledger, reason: str, now: float) -> None:
     """Nobody of the former life is left: every lease goes back without counting as a failed attempt."""
     ledger.book.row("everyone_left", now, reason)
+    deaths.record_all(ledger, reason, now)
     ledger.release(list(ledger.fleet.leases.values()), reason, now, ours=True)
 
 

@@ -104,7 +104,17 @@ def _show(facts: dict[str, Any], console: Console) -> None:
         console.print(f"  {state['detail']}", soft_wrap=True)
     if state.get("address") and facts["live"]:
         console.print(f"  attach with: asyncrl attach generator {state['address']}", soft_wrap=True)
-    for title in ("steps", "versions", "evaluations", "samples", "leases", "tokens", "lengths", "dropped"):
+    for title in (
+        "steps",
+        "versions",
+        "evaluations",
+        "samples",
+        "leases",
+        "tokens",
+        "lengths",
+        "dropped",
+        "deaths",
+    ):
         if facts.get(title):
             console.print(f"  {title:<12}{facts[title]}", soft_wrap=True)
     if facts.get("members"):

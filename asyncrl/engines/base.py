@@ -67,7 +67,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     prefix_key: str = ""
     """Requests with the same non-empty key have the same prompt: its prefill may be shared."""
     progress_every_tokens: int = 0
-    """Yield a chunk at least every so many tokens; 0 yields once, at the end."""
+    """Yield a chunk at least every so many tokens; 0: not for their number."""
+    progress_every_s: float = 0.0
+    """Yield a chunk with the first token sampled so many seconds after the last chunk (or the start);
+    0: not for the time. With both 0 there is one chunk, at the end."""
     return_routed_experts: bool = False
     """Whether chunks carry the experts that tokens went to; the engine must capture them."""
 

@@ -9,6 +9,7 @@ Letters: S slots, E positions of a context; L mixture-of-experts layers, K exper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +71,12 @@ class Rows:
         max_rows: int,
         max_context_len: int,
         vocab_size: int,
+        clock: Callable[[], float],
         routing_shape: tuple[int, int] | None = None,
     ) -> None:
-        """`routing_shape` is (L, K) where routing is captured."""
+        """`clock` gives seconds, for progress; `routing_shape` is (L, K) where routing is captured."""
         self.vocab_size = vocab_size
+        self._clock = clock
         self.works: list[Work] = []
         # The operating system gives pages when they are written, so the bound costs nothing by itself.
         self.tokens_SE = np.zeros((max_rows, max_context_len + 1), dtype=np.int32)
@@ -91,6 +94,8 @@ class Rows:
         self.floats = np.ones((2, max_rows), dtype=np.float32)
         self.temperature, self.top_p = self.floats
         self.seeds = np.zeros(max_rows, dtype=np.uint64)
+        #: When a chunk is due, whatever the number of tokens in it.
+        self.due_at = np.full(max_rows, np.inf)
         self._params: BatchParams | None = None
 
     def __len__(self) -> int:
@@ -106,7 +111,7 @@ class Rows:
         self.length[slot], self.prompt_length[slot] = len(sequence), work.prompt_length
         self.limit[slot] = limit
         self.min_length[slot] = work.prompt_length + params.min_new_tokens
-        self.due[slot] = len(sequence) + (work.request.progress_every_tokens or NEVER)
+        self._set_due(slot)
         self.eos[slot] = not params.ignore_eos
         self.own_stops[slot] = bool(params.stop or params.stop_token_ids)
         self.greedy[slot] = params.temperature == 0
@@ -116,6 +121,12 @@ class Rows:
         self.seeds[slot] = seed_word(work.request.seed)
         self._params = None
         return slot
+
+    def _set_due(self, slot: int) -> None:
+        """When the row's next chunk is due, counted from now and from what it has sampled."""
+        request = self.works[slot].request
+        self.due[slot] = self.length[slot] + (request.progress_every_tokens or NEVER)
+        self.due_at[slot] = self._clock() + request.progress_every_s if request.progress_every_s else np.inf
 
     def leave(self, slot: int) -> int:
         """Drop a row; the last one takes its slot. Returns the slot that was the last one's."""
@@ -130,7 +141,7 @@ class Rows:
                 self.routed_SELK[slot, :used] = self.routed_SELK[last, :used]
             for array in (self.integers, self.flags, self.floats):
                 array[:, slot] = array[:, last]
-            self.seeds[slot] = self.seeds[last]
+            self.seeds[slot], self.due_at[slot] = self.seeds[last], self.due_at[last]
         self._params = None
         return last
 
@@ -195,7 +206,7 @@ class Rows:
         asked = work.request.return_routed_experts and end > work.sent
         routed = self.unsent_routing(slot) if asked else None
         start, work.sent = work.sent, end
-        self.due[slot] = end + (work.request.progress_every_tokens or NEVER)
+        self._set_due(slot)
         tokens = self.tokens_SE[slot, start:end]
         text = work.text if work.request.params.stop else work.detokenizer.push(tokens.tolist())
         if finish_reason not in (None, "abort"):

@@ -75,6 +75,8 @@ class Scheduler:
     device: str = "cpu"
     capture_routing: bool = False
     """Keep the experts that every token went to (the decoder must have some)."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, for progress and pauses."""
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class Scheduler:
             max_rows=self.max_concurrency,
             max_context_len=self.max_context_len,
             vocab_size=config.vocab_size,
+            clock=self.clock,
             routing_shape=config.routing_shape if self.capture_routing else None,
         )
         self.cache = KVCache(
@@ -130,7 +133,7 @@ class Scheduler:
 
     def swap(self, swap: Swap) -> None:
         """Queue new weights; they are taken between two steps, in the order they came."""
-        swap.since, swap.was_running = time.monotonic(), bool(self.rows.works)
+        swap.since, swap.was_running = self.clock(), bool(self.rows.works)
         self._swaps.append(swap)
 
     def step(self) -> None:
@@ -181,7 +184,7 @@ class Scheduler:
 
     def _report_swaps(self) -> None:
         """Say how swaps went: after the first token under the new weights, where anything runs."""
-        now = time.monotonic()
+        now = self.clock()
         for swap, since, aborted, recomputed in self._taken:
             swap.done(LoadReport(pause_s=now - since, aborted=aborted, recomputed_tokens=recomputed))
         self._taken.clear()
@@ -287,7 +290,7 @@ class Scheduler:
                 f"embedded engine: NaN or Inf in the logits of {uid!r} under version v{version}."
             )
         self.rows.append(tokens, logprobs)
-        self._last_token_time = time.monotonic()
+        self._last_token_time = self.clock()
         self.counters.steps += 1
         self.counters.generated_tokens += len(tokens)
         self._collect(tokens)
@@ -317,7 +320,8 @@ class Scheduler:
         for slot in np.flatnonzero(rows.own_stops[:n]):
             stopped[slot] |= rows.found_stop(int(slot))
         ended = stopped | (length >= rows.limit[:n])
-        for slot in np.flatnonzero((length >= rows.due[:n]) & ~ended):
+        due = (length >= rows.due[:n]) | (rows.due_at[:n] <= self._last_token_time)
+        for slot in np.flatnonzero(due & ~ended):
             self.events.append((rows.works[slot].ticket, rows.chunk(int(slot), None)))
         if ended.any():
             self._end({int(s): "stop" if stopped[s] else "length" for s in np.flatnonzero(ended)})

@@ -237,8 +237,14 @@ class Scripted:
 
     def _boundary(self, run: _Run) -> int:
         """Response tokens at which the next chunk is due."""
-        every = run.request.progress_every_tokens
-        return min(run.sent + every, run.total) if every else run.total
+        request, boundary = run.request, run.total
+        if request.progress_every_tokens:
+            boundary = min(boundary, run.sent + request.progress_every_tokens)
+        if request.progress_every_s and self.token_latency_s:
+            # Sampling time, in which a swap does not count: the same chunks whatever the clock does.
+            tokens = math.ceil(request.progress_every_s / self.token_latency_s - 1e-6)
+            boundary = min(boundary, run.sent + max(1, tokens))
+        return boundary
 
     async def _reach(self, run: _Run, boundary: int) -> None:
         """Wait until so many tokens are sampled, or until the request is aborted."""

@@ -67,6 +67,7 @@ def request_for(plan: Plan, sample: Sample, *, uid: str) -> GenerateRequest:
         seed=seed_of(plan, sample),
         prefix_key=f"{sample.lane}:{sample.group_id}",
         progress_every_tokens=plan.topology.rollout.progress_every_tokens,
+        progress_every_s=plan.topology.rollout.progress_every_s,
         return_routed_experts=plan.topology.trainer.use_rollout_routing_replay and sample.lane is Lane.TRAIN,
     )
 

@@ -21,9 +21,8 @@ def check_request(
     lengths_fit = params.max_new_tokens >= 1 and 0 <= params.min_new_tokens <= params.max_new_tokens
     samples = params.temperature >= 0 and 0 < params.top_p <= 1 and (params.top_k == -1 or params.top_k >= 1)
     whole = len(request.prompt) % 4 == 0 == len(request.prefix) % 4
-    rest = (
-        whole and request.progress_every_tokens >= 0 and "" not in params.stop and request.uid not in running
-    )
+    progress = request.progress_every_tokens >= 0 and request.progress_every_s >= 0
+    rest = whole and progress and "" not in params.stop and request.uid not in running
     uncaptured = request.return_routed_experts and not captures_routing
     if num_prompt and fits and lengths_fit and samples and rest and not uncaptured:
         return
@@ -56,4 +55,5 @@ def _problems(
         "an empty stop string": "" in params.stop,
         f"progress_every_tokens = {request.progress_every_tokens}; at least 0": request.progress_every_tokens
         < 0,
+        f"progress_every_s = {request.progress_every_s}; at least 0": not request.progress_every_s >= 0,
     }

@@ -240,6 +240,10 @@ _OURS = (
         Metric(f"ledger/settled/{reason.value}", "groups", f"Groups settled as {reason.value}.", "counter")
         for reason in Settled
     ),
+    Metric("faults/deaths", "1", "Workers that the desk lost since the run began.", "counter"),
+    Metric("faults/samples_interrupted", "samples", "Answers those workers had in the making.", "counter"),
+    Metric("faults/tokens_kept", "tokens", "Tokens of those answers that are resumed from.", "counter"),
+    Metric("faults/tokens_lost_bound", "tokens", "Most tokens those workers had not handed in.", "counter"),
     Metric("ledger/issued", "groups", "Groups the source issued.", "counter"),
     Metric("ledger/regenerated_tokens", "tokens", "Tokens received and then sampled anew.", "counter"),
     Metric("engine/running", "samples", "Requests decoding now."),

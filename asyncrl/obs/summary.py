@@ -49,6 +49,8 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Lengths generated and trained, in words."""
     tokens_dropped: dict[str, int] = {}
     """Response tokens thrown away, by reason."""
+    deaths: str = ""
+    """Workers that were lost and what that cost, in words."""
     reward_first: float | None = None
     """Mean raw reward of the first batch."""
     reward_last: float | None = None
@@ -129,6 +131,7 @@ def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
         ("samples", Text(f"{summary.num_samples:,} trained")),
         ("tokens", _tokens(summary)),
         ("dropped", _dropped(summary)),
+        ("deaths", Text(printable(summary.deaths))),
         ("lengths", Text(summary.lengths)),
         ("reward", _change(summary.reward_first, summary.reward_last)),
         ("accuracy", _change(summary.accuracy_before, summary.accuracy_after)),

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.actor.base import SCHEMA, Actor, Context
+from asyncrl.buffer import deaths
 from asyncrl.buffer.config import ledger_config
 from asyncrl.buffer.delivery import Courier
 from asyncrl.buffer.desk import Desk
@@ -230,6 +231,7 @@ class BufferRole(Actor):
         self.gauges |= {"queue/tickets_used": used, "queue/tickets_free": free}
         for reason in Settled:
             self.gauges[f"ledger/settled/{reason}"] = self.ledger.book.totals[f"settled.{reason}.groups"]
+        self.gauges |= deaths.metrics(self.ledger.book.totals)
         await self._show_lengths()
         self.metrics.write(self.gauges, step=self.ledger.batches.num_trained)
         await self.tell(

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from asyncrl.buffer import deaths
 from asyncrl.buffer.audit import audit
 from asyncrl.buffer.lengths import in_words, of_records, tokens_dropped
 from asyncrl.buffer.records import Records
@@ -106,6 +107,7 @@ def summarise(
         trained_tokens=figures.trained_tokens,
         lengths=in_words(of_records(records.db)),
         tokens_dropped=tokens_dropped(records.totals()),
+        deaths=deaths.in_words(records.deaths()),
         reward_first=rewards[0] if rewards else None,
         reward_last=rewards[-1] if rewards else None,
         accuracy_before=means[versions[0]] if versions and versions[0] == 0 else None,

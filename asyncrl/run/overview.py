@@ -6,11 +6,13 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+from asyncrl.buffer.deaths import deaths
+from asyncrl.buffer.deaths import in_words as in_words_deaths
 from asyncrl.buffer.lengths import in_words, of_records, tokens_dropped
 
 
 def overview(run_dir: Path) -> dict[str, Any]:
-    """Steps, versions, evaluations, samples by state, open leases, tokens, lengths; empty without records."""
+    """Steps, versions, samples by state, open leases, tokens, deaths and so on; empty without records."""
     path = run_dir / "buffer.db"
     if not path.exists():
         return {}
@@ -27,6 +29,7 @@ def overview(run_dir: Path) -> dict[str, Any]:
                 "tokens": _tokens(db),
                 "lengths": in_words(of_records(db)),
                 "dropped": _dropped(db),
+                "deaths": in_words_deaths(deaths(db)),
             }
         except sqlite3.OperationalError:
             return {}  # the tables are being made

@@ -77,6 +77,7 @@ OWN = frozenset(
         "rollout.max_refused_per_step",
         "rollout.max_attempts",
         "rollout.progress_every_tokens",
+        "rollout.progress_every_s",
         "trainer.backend",
         "trainer.num_threads",
         "trainer.scripted_step_s",

@@ -78,6 +78,7 @@ _RANGES = {
             "run.max_restarts",
             "rollout.rollout_min_new_tokens",
             "rollout.max_staleness",
+            "rollout.progress_every_s",
             "buffer.min_free_bytes",
             "eval.eval_temperature",
             "trainer.prefetch_batches",

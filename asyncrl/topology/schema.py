@@ -143,7 +143,11 @@ class RolloutConfig(Table, frozen=True, kw_only=True):
     max_attempts: int = 3
     """Attempts at generating or scoring a sample that make no progress before its group settles as failed."""
     progress_every_tokens: int = 256
-    """A running answer is handed in for safe-keeping at least this often. Tokens."""
+    """A running answer is handed in for safe-keeping at least this often, so this bounds what a dead
+    generator costs. Tokens."""
+    progress_every_s: float = 10.0
+    """The same by time, whichever is due first: it bounds in seconds what is done again where tokens are
+    slow. 0: by tokens alone. Seconds."""
 
 
 class GeneratorConfig(Table, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -82,12 +82,14 @@ class Case:
     make: Callable[..., Engine]
     weights: Callable[[int], Any]
     computes_elsewhere: bool
+    slowly: dict[str, Any] = field(default_factory=dict)
+    """Options of an engine whose tokens take time."""
 
     @asynccontextmanager
     async def engine(
-        self, *, decode: Any = decode_letters, max_concurrency: int = 8
+        self, *, decode: Any = decode_letters, max_concurrency: int = 8, **options: Any
     ) -> AsyncIterator[Engine]:
-        engine = self.make(tokenizer_decode=decode, max_concurrency=max_concurrency)
+        engine = self.make(tokenizer_decode=decode, max_concurrency=max_concurrency, **options)
         await engine.start()
         try:
             yield engine
@@ -100,7 +102,7 @@ class Case:
 
 
 def ask(
-    uid: str = "a", *, seed: int = 7, prefix: bytes = b"", every: int = 0, **params: Any
+    uid: str = "a", *, seed: int = 7, prefix: bytes = b"", every: int = 0, every_s: float = 0.0, **params: Any
 ) -> GenerateRequest:
     options = {"max_new_tokens": LONG, "ignore_eos": True} | params
     return GenerateRequest(
@@ -111,6 +113,7 @@ def ask(
         seed=seed,
         prefix_key="group",
         progress_every_tokens=every,
+        progress_every_s=every_s,
     )
 
 

@@ -56,7 +56,8 @@ def case(request: pytest.FixtureRequest, model_dir: Path) -> Case:
     def scripted(**options: Any) -> Engine:
         return Scripted(vocab_size=VOCAB, lengths=Lengths(median=12, max_tokens=30), **options)
 
-    return Case(scripted, lambda _: {}, computes_elsewhere=False)
+    slowly = {"token_latency_s": 0.0005}
+    return Case(scripted, lambda _: {}, computes_elsewhere=False, slowly=slowly)
 
 
 async def test_a_seed_fixes_the_answer_whatever_else_runs(case: Case) -> None:
@@ -155,6 +156,20 @@ async def test_progress_comes_at_least_every_so_many_tokens(case: Case) -> None:
     assert [c.finish_reason for c in often.chunks[:-1]] == [None] * (len(sizes) - 1)
     assert len(once.chunks) == 1
     assert often.tokens == once.tokens
+
+
+async def test_progress_comes_when_its_time_has_come_whatever_its_tokens(case: Case) -> None:
+    """Fails without the time rule: the first request would come in one piece."""
+    async with case.engine(**case.slowly) as engine:
+        soon, late, both = await answer(
+            engine, ask("a", every_s=1e-9), ask("b", every_s=1e6), ask("c", every=6, every_s=1e6)
+        )
+    assert [len(c.tokens) // 4 for c in soon.chunks] == [1] * LONG
+    assert [c.finish_reason for c in soon.chunks] == [None] * (LONG - 1) + ["length"]
+    assert len(late.chunks) == 1
+    assert [len(c.tokens) // 4 for c in both.chunks] == [6, 6, 6, 6, 6, 6, 4]
+    assert soon.tokens == late.tokens == both.tokens
+    assert sum(s.num_tokens for s in soon.spans) == LONG
 
 
 @pytest.mark.parametrize("mode", [OnNewWeights.KEEP, OnNewWeights.RECOMPUTE])
@@ -290,6 +305,7 @@ async def test_wrong_requests_are_refused_by_name_and_harm_nobody(case: Case) ->
             "temperature": ask("d", temperature=-1.0),
             "top_p": ask("e", top_p=0.0),
             "top_k": ask("f", top_k=0),
+            "progress_every_s": ask("h", every_s=-1.0),
             "prompt": GenerateRequest(uid="g", prompt=b"", params=SamplingParams(), seed=1),
         }
         for word, request in wrong.items():

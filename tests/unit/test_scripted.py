@@ -44,7 +44,9 @@ def simulate(main: Coroutine[Any, Any, Any]) -> Any:
         return runner.run(main)
 
 
-def ask(uid: str, *, seed: int = 1, every: int = 0, prefix: bytes = b"") -> GenerateRequest:
+def ask(
+    uid: str, *, seed: int = 1, every: int = 0, every_s: float = 0.0, prefix: bytes = b""
+) -> GenerateRequest:
     return GenerateRequest(
         uid=uid,
         prompt=pack_tokens([1, 2]),
@@ -52,6 +54,7 @@ def ask(uid: str, *, seed: int = 1, every: int = 0, prefix: bytes = b"") -> Gene
         params=SamplingParams(),
         seed=seed,
         progress_every_tokens=every,
+        progress_every_s=every_s,
     )
 
 
@@ -77,6 +80,26 @@ def test_chunks_come_at_the_latency_of_their_tokens() -> None:
     chunks = simulate(main())
     assert [time for time, _ in chunks] == [2.0, 4.0, 5.0]
     assert sizes(chunks) == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("every", "every_s", "times"),
+    [
+        (0, 1.5, [1.5, 3.0, 4.5, 5.0]),  # three tokens of half a second
+        (0, 1.7, [2.0, 4.0, 5.0]),  # the first token after 1.7 s is the fourth
+        (0, 0.1, [0.5 * n for n in range(1, 11)]),  # never an empty piece
+        (2, 1.5, [1.0, 2.0, 3.0, 4.0, 5.0]),  # whichever is due first
+        (4, 1.5, [1.5, 3.0, 4.5, 5.0]),
+        (0, 60.0, [5.0]),
+    ],
+)
+def test_chunks_come_with_the_first_token_after_their_time(
+    every: int, every_s: float, times: list[float]
+) -> None:
+    async def main() -> list[tuple[float, Chunk]]:
+        return await timed(await started(), ask("a", every=every, every_s=every_s))
+
+    assert [time for time, _ in simulate(main())] == times
 
 
 def test_requests_beyond_the_places_wait_their_turn() -> None:
