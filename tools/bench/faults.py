@@ -51,6 +51,7 @@ n_samples_per_prompt = {group_size}
 rollout_max_response_len = {answer}
 rollout_max_context_len = {context}
 progress_every_tokens = {progress}
+progress_every_s = 0
 [[generator]]
 replicas = 2
 engine = "scripted"
