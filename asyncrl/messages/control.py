@@ -186,6 +186,8 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Response tokens committed now."""
     accepted: bool
     reason: str = ""
+    last: bool = False
+    """GENERATE: how the sample ended is committed; nothing more is to come under this fence."""
 
 
 class Acks(Message, frozen=True, kw_only=True):
