@@ -53,6 +53,7 @@ class SimulatedDesk:
     @property
     def now(self) -> float:
         """Its clock, Unix seconds."""
+        self.ledger.fleet.steady = self.stage.clock.now
         return EPOCH_S + self.stage.clock.now + self.jumped_s
 
     @property
@@ -111,7 +112,7 @@ class SimulatedDesk:
             if worker is None:
                 self._post(address, control.Refused(reason="say hello first"), [])
                 return
-            worker.last_seen = self.now
+            self.ledger.fleet.heard_of(worker)
             if isinstance(message, control.Want):
                 self.stage.checks.asks(address, message.kind)
                 if message.kind is Kind.TRAIN:
@@ -142,7 +143,7 @@ class SimulatedDesk:
         for peer in self._present():
             worker = self.ledger.fleet.workers.get(peer.id)
             if worker is not None:
-                worker.last_seen = self.now
+                self.ledger.fleet.heard_of(worker)
             elif peer.welcome:  # its heartbeat is the word of somebody the desk does not know
                 self._post(peer.id, control.Refused(reason="say hello first"), [])
         gone = self.members.tick(self.now)
