@@ -155,7 +155,7 @@ async def test_the_room_of_the_batch_at_work_is_not_named_twice(played: Played) 
     await played.piece(0, 0, 1)
     await played.hear(Want)
     async with asyncio.timeout(WITHIN_S):
-        while not role.introduce(role.hello()).batches:
+        while not role.introduce(role.hello()).batches:  # noqa: ASYNC110 - a thread is about to begin
             await asyncio.sleep(0)
     await played.link.send(TRAINER, HelloAgain(desk="b"))
     hello = await played.hear(Hello)

@@ -92,7 +92,7 @@ async def test_a_last_report_without_tokens_waits_for_its_own_acknowledgement(st
 
 
 async def test_a_sample_whose_tokens_are_thrown_away_on_its_return_is_acknowledged() -> None:
-    """Fails when the offset, which is 0 then, has to be that of the report: its lease stayed open for ever."""
+    """Fails when the offset, 0 then, has to be that of the report: its lease stayed open for ever."""
     wire = Wire()
     out = wire.outbox.open(7, 0, 0, 0)
     await out.report(segment(3), Status.ABORTED)
