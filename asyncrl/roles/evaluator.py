@@ -9,6 +9,7 @@ from typing import Any
 
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor
+from asyncrl.actor.pieces import Pieces
 from asyncrl.messages.control import Evaluated, EvaluationSeen
 from asyncrl.messages.parts import GroupParts, unpack
 from asyncrl.messages.sample import Sample, Status
@@ -45,9 +46,12 @@ class EvaluatorRole(DeskActor):
 
     async def _evaluate(self) -> None:
         """consumes: pieces of evaluations    waits for: "evaluation"    produces: metrics"""
+        pieces = Pieces()
         while True:
             with self.waits("evaluation"):
                 message, frames = await self._parts.get()
+            if not pieces.follows((message.version, message.incarnation), message.part):
+                continue
             if message.part == 0:
                 self._samples = []
             self._samples += _flat(message.groups, frames)

@@ -18,12 +18,12 @@ from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.states import FRESH, GENERATED, GENERATING, READY, SCORED, SCORING, Transaction
 from asyncrl.messages import control
 from asyncrl.messages.control import Kind
-from asyncrl.messages.sample import Lane
+from asyncrl.messages.sample import Lane, Settled
 from asyncrl.messages.version import Manifest
 from asyncrl.sim.bodies import Answer, InvariantError
 from asyncrl.sim.scenario import Scenario
 
-REASON, BATCH, NUM_SAMPLES = 5, 9, 3
+REASON, BATCH, NUM_SAMPLES, VERSION, INCARNATION = 5, 9, 3, 6, 7
 """Columns of a group's row."""
 
 REMEMBERED = 100_000
@@ -45,7 +45,6 @@ class Checks:
         self._newest: dict[tuple[Kind, int, int], int] = {}
         """Newest fence of each live sample by kind of work."""
         self._holder: dict[int, bytes] = {}
-        self._asked: dict[bytes, set[Kind]] = {}
         self._acked: dict[tuple[int, int], int] = {}
         """Tokens acknowledged of each live sample."""
         self._settled: dict[int, str] = {}
@@ -62,6 +61,8 @@ class Checks:
         self._samples_in: Counter[int] = Counter()
         self._groups_in: Counter[int] = Counter()
         self.evaluated_samples = 0
+        self._evaluations: Counter[tuple[int, int]] = Counter()
+        """(version, incarnation) -> groups that were evaluated."""
         self.retrained = 0
         """Trainings that a restart of the trainer undid."""
         self.max_staleness = 0
@@ -86,33 +87,17 @@ class Checks:
                         f"{due_so_far} groups are due by batch {due}, next is {batches.next_batch}",
                     )
 
-    def asks(self, peer: bytes, kind: Kind | None) -> None:
-        """A worker named room; None: it said hello, and is charged for what it holds before it names any."""
-        if kind is None:
-            self._asked[peer] = set()
-        else:
-            self._asked[peer].add(kind)
-
     def leases(self, ledger: Ledger, transaction: Transaction) -> None:
         """Work is given out: nothing that was not asked for."""
         if self.scenario.group_rm:
             return  # a whole group may overdraw a worker's credit, by design
-        granted = {values[0] for name, values in transaction.rows if name == "lease"}
-        for item in transaction.sends:
-            # Leases told again may overdraw: credit overtakes the report that earned it, and then is lost.
-            if isinstance(item.message, control.Leases) and any(
-                lease.fence in granted for lease in item.message.leases
-            ):
-                self._credit(ledger, item.peer)
-
-    def _credit(self, ledger: Ledger, peer: bytes) -> None:
-        worker = ledger.fleet.workers.get(peer)
-        if worker is None:
-            return
         whole = self.scenario.group_size > self.scenario.reward_batch  # such a group may overdraw, by design
-        for kind, credit in worker.credit.items():
-            if credit < 0 and kind in self._asked[peer] and not (whole and kind is Kind.FILTER):
-                raise InvariantError("credits are never exceeded", f"{worker.name} has {credit} of {kind}")
+        granted = {values[1:4] for name, values in transaction.rows if name == "lease"}
+        for kind, name, incarnation in granted:
+            worker = ledger.fleet.find(name, incarnation)
+            credit = 0 if worker is None else worker.credit.get(Kind(kind), 0)
+            if credit < 0 and not (whole and kind == Kind.FILTER):
+                raise InvariantError("credits are never exceeded", f"{name} has {credit} of {kind}")
 
     def holds(self, name: str, held: int, capacity: int) -> None:
         """A generator took leases in."""
@@ -132,7 +117,6 @@ class Checks:
                     self._ack(ack)
 
     def _lease(self, peer: bytes, lease: control.Lease) -> None:
-        peer = peer.partition(b"#")[0]
         holder = self._holder.get(lease.fence)
         if holder is not None:
             if holder != peer:
@@ -217,20 +201,32 @@ class Checks:
                     )
                 self.staleness[age] += 1
 
-    def evaluated(self, group_id: int, answers: list[Answer], key: tuple[int, int]) -> None:
-        """A group of a finished evaluation."""
-        for answer in answers:
-            if answer.versions != {key}:
-                raise InvariantError("an evaluation never mixes versions", f"{group_id}: {answer}, not {key}")
-            self.evaluated_samples += 1
+    def evaluated(self, groups: list[tuple[int, list[Answer]]], key: tuple[int, int]) -> None:
+        """A finished evaluation, or one that was seen before."""
+        whole = self._evaluations[key]
+        if len(groups) != whole:
+            raise InvariantError("evaluations are whole", f"{len(groups)} of {whole} groups of {key}")
+        for group_id, answers in groups:
+            for answer in answers:
+                if answer.versions != {key}:
+                    detail = f"{group_id}: {answer}, not {key}"
+                    raise InvariantError("an evaluation never mixes versions", detail)
+                self.evaluated_samples += 1
 
     # What is committed.
 
     def committed(self, transaction: Transaction) -> None:
         """A transaction is on disk."""
+        for body in transaction.bodies:
+            holder = self._holder.get(body.fence)
+            if holder is not None and holder.partition(b".")[0] != body.worker.encode():
+                detail = f"group {body.group_id} sample {body.index}: {body.worker}, under {holder!r}'s fence"
+                raise InvariantError("a result under an old fence is refused", detail)
         for row in transaction.groups:
             if row[REASON] is not None:
                 self._settle(row[0], row[REASON])
+                if row[REASON] == Settled.EVALUATED:
+                    self._evaluations[(row[VERSION], row[INCARNATION])] += 1
             elif row[BATCH] >= 0:
                 before = self._batch_of.setdefault(row[0], row[BATCH])
                 if before != row[BATCH]:

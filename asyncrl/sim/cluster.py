@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.messages.version import Manifest
+from asyncrl.sim.actors import Evaluator, Reward, Source
 from asyncrl.sim.bodies import InvariantError
 from asyncrl.sim.checks import Checks
 from asyncrl.sim.clock import Clock
 from asyncrl.sim.desk import SimulatedDesk
 from asyncrl.sim.generator import Generator
 from asyncrl.sim.link import Weather
-from asyncrl.sim.peers import Evaluator, Peer, Reward, Source, Stage
+from asyncrl.sim.peers import Peer, Stage
 from asyncrl.sim.scenario import Scenario
 from asyncrl.sim.trainer import Trainer
 
@@ -76,10 +77,8 @@ class Cluster:
             kinds = {"reward": Reward, "source": Source, "evaluator": Evaluator, "trainer": Trainer}
             peer = kinds[role](name, life, self.stage)
         self.peers[name] = peer
-        if self.desk.up:
-            peer.hello()
-        else:
-            peer.cut_off()
+        peer.connected = self.desk.up
+        peer.hello()
 
     def kill(self, name: str, *, seen: bool = True, ours: bool = False) -> None:
         """A process is gone. The supervisor tells the desk, or its silence does; it is started again."""

@@ -13,15 +13,18 @@ from typing import Any
 
 from asyncrl.buffer.delivery import Courier
 from asyncrl.buffer.desk import Desk
+from asyncrl.buffer.gate import check_hello
 from asyncrl.buffer.ledger import TICK_S, Ledger
 from asyncrl.buffer.members import Members
 from asyncrl.buffer.pump import Pump
 from asyncrl.buffer.restore import release_all, restore
 from asyncrl.buffer.states import Transaction
 from asyncrl.buffer.store import Store
+from asyncrl.errors import ProtocolError
 from asyncrl.messages import control
 from asyncrl.messages.control import Kind
 from asyncrl.sim.bodies import InvariantError
+from asyncrl.sim.checks import require
 from asyncrl.sim.peers import Peer, Stage
 
 EPOCH_S = 1_700_000_000.0
@@ -53,7 +56,13 @@ class SimulatedDesk:
     @property
     def now(self) -> float:
         """Its clock, Unix seconds."""
+        self.ledger.fleet.steady = self.stage.clock.now
         return EPOCH_S + self.stage.clock.now + self.jumped_s
+
+    @property
+    def _name(self) -> str:
+        """Incarnation of its present life."""
+        return f"desk{self.life}"
 
     @property
     def at_rest(self) -> bool:
@@ -66,13 +75,17 @@ class SimulatedDesk:
         self.up, self.stalled_until = True, 0.0
         self.store = Store(self.run_dir, synchronous="off")
         self.ledger = Ledger(self.stage.scenario.ledger)
-        self.members = Members(self.ledger, run_id="sim")
+        self.members = Members(self.ledger, run_id="sim", life=self._name)
         self.pump = Pump(self.ledger)
         self.desk = Desk(self.ledger, self.members)
         restore(self.ledger, self.members, self.store)
         if resumed:
             release_all(self.ledger, "the run was resumed", self.now)
-        self.courier = Courier(self.store, window_bytes=self.stage.scenario.window_bytes)
+        scenario = self.stage.scenario
+        self.courier = Courier(
+            self.store, window_bytes=scenario.window_bytes, piece_bytes=scenario.piece_bytes
+        )
+        self._came: list[bytes] = []
         self._writing: Transaction | None = None
         self._changed = False
 
@@ -103,21 +116,28 @@ class SimulatedDesk:
         if self.stalled_until > self.stage.clock.now:
             self.stage.clock.at(self.stalled_until, self._later, self.life, address, message, frames)
             return
+        now = self.now
         if isinstance(message, control.Hello):
-            self.members.join(address, message, self.now)
-            self.stage.checks.asks(address, None)
+            self._join(address, message, now)
         else:
             worker = self.ledger.fleet.workers.get(address)
             if worker is None:
-                self._post(address, control.Refused(reason="say hello first"), [])
+                self._post(address, control.HelloAgain(desk=self._name), [])
                 return
-            worker.last_seen = self.now
-            if isinstance(message, control.Want):
-                self.stage.checks.asks(address, message.kind)
-                if message.kind is Kind.TRAIN:
-                    self.courier.credit(message.num_bytes)
-            self.desk.take(worker, message, frames, self.now)
+            self.ledger.fleet.heard_of(worker)
+            try:
+                self.desk.take(worker, message, frames, now)
+            except ProtocolError as error:
+                raise InvariantError("the protocol is kept", f"{worker.name}: {error}") from error
+            if isinstance(message, control.Want) and message.kind is Kind.TRAIN:
+                self.courier.credit(message.num_bytes)
         self.changed()
+
+    def _join(self, address: bytes, hello: control.Hello, now: float) -> None:
+        require(not check_hello(hello), "the protocol is kept", f"{hello}: {check_hello(hello)}")
+        self.members.join(address, hello, now)
+        if hello.role == "trainer":
+            self._came.append(address)
 
     def _later(self, life: int, address: bytes, message: Any, frames: list[bytes]) -> None:
         if life == self.life:
@@ -142,9 +162,9 @@ class SimulatedDesk:
         for peer in self._present():
             worker = self.ledger.fleet.workers.get(peer.id)
             if worker is not None:
-                worker.last_seen = self.now
-            elif peer.welcome:  # its heartbeat is the word of somebody the desk does not know
-                self._post(peer.id, control.Refused(reason="say hello first"), [])
+                self.ledger.fleet.heard_of(worker)
+            else:
+                peer.beat()
         gone = self.members.tick(self.now)
         clock.background(TICK_S, self._tick, life)
         self._ticks += 1
@@ -174,6 +194,9 @@ class SimulatedDesk:
         if transaction.empty and not self.courier.has_work:
             return
         self._writing = transaction
+        came, self._came = self._came, []
+        for peer in came:
+            self.courier.forget(peer)
         seconds = self.stage.scenario.commit_s * (0.1 + 0.9 * self.stage.dice.random())
         self.stage.clock.after(seconds, self._end, self.life, transaction)
 

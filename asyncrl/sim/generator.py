@@ -11,6 +11,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from asyncrl.messages import control
 from asyncrl.messages.control import Kind, Lease
 from asyncrl.messages.sample import Lane, Span, Status
@@ -40,7 +42,7 @@ class Job:
     start: float | None = None
     """The generator's count when token 0 would have been produced; None: not started."""
     ours: bool = True
-    """Whether the desk counts it against our credit."""
+    """Its last report is not on its way: the desk counts it against our credit."""
     unacked: list[tuple[control.Report, bytes]] = field(default_factory=list)
     """The report under way, if there is one."""
     end: Status | None = None
@@ -63,8 +65,6 @@ class Generator(Peer):
         self.jobs: dict[tuple[int, int], Job] = {}
         self.waiting: list[Job] = []
         """Not started: new weights come first (mode "finish")."""
-        self.done: set[tuple[int, int]] = set()
-        """Ended since the last hello: if the desk tells of them again, it does not know yet."""
         self.bad_load: str = ""
         """"slow" or "corrupt": how the next load goes."""
         self._announced: Manifest | None = None
@@ -154,8 +154,6 @@ class Generator(Peer):
 
     def handle(self, message: Any, frames: list[bytes]) -> None:
         match message:
-            case control.Welcome(announced=manifest) if manifest is not None:
-                self._announce(manifest)
             case control.NewVersion():
                 self._announce(message.manifest)
             case control.Leases():
@@ -171,16 +169,13 @@ class Generator(Peer):
 
     def _take_lease(self, lease: Lease, frames: list[bytes]) -> None:
         size = sum(map(len, frames))
-        for answer in bodies.read(lease.parts, iter(frames)):
-            key = (lease.fence, answer.index)
-            job = self.jobs.get(key)
-            if job is not None:  # told again after a hello
-                job.ours, job.num_bytes = True, size
-            elif key in self.done:
-                self.want(1, size)
-            else:
-                self.stage.checks.leased(lease, answer, self.name)
-                self._start(lease, answer, size)
+        answers = bodies.read(lease.parts, iter(frames))
+        if any((lease.fence, index) in self.jobs for index in range(self.stage.scenario.group_size)):
+            self.want(len(answers), size)  # told twice: only its charge is new
+            return
+        for answer in answers:
+            self.stage.checks.leased(lease, answer, self.name)
+            self._start(lease, answer, size)
             size = 0
 
     def _start(self, lease: Lease, answer: bodies.Answer, size: int) -> None:
@@ -276,8 +271,8 @@ class Generator(Peer):
         if job is None or not job.unacked:
             return
         status = job.unacked[0][0].status
-        handed_back = status in {Status.ABORTED, Status.FAILED}  # its tokens may be thrown away: offset 0
-        if ack.accepted and ack.offset < job.offset and not handed_back:
+        last = status is not Status.PENDING
+        if ack.accepted and not (ack.last if last else ack.offset >= job.offset):
             return  # of an earlier report
         if ack.accepted and job.lane is Lane.TRAIN:
             self.stage.checks.acknowledged(job.group_id, job.index, ack.offset)
@@ -288,22 +283,33 @@ class Generator(Peer):
             return
         if job.ours:
             self._free(job)
-        self.done.add((job.fence, job.index))
         del self.jobs[(job.fence, job.index)]
         self._maybe_swap()
         if self.draining and not self.jobs:
             self.leave()
 
-    def greet_again(self) -> None:
-        self.done.clear()
-        if self.draining and not self.jobs:
-            self.leave()
-        elif self.version[0] >= 0 and not self.draining:
-            self.want(self.stage.scenario.slots, self.stage.scenario.window_bytes)
+    def on_welcome(self, welcome: control.Welcome) -> None:
+        if welcome.announced is not None:
+            self._announce(welcome.announced)
+
+    def introduce(self, hello: control.Hello) -> control.Hello:
+        return msgspec.structs.replace(hello, leases=sorted({fence for fence, _ in self.jobs}))
+
+    def restate(self, welcome: control.Welcome) -> None:
+        """Running samples go on; those that have gone to others end, and their reports will be refused."""
         for job in self.jobs.values():
-            job.ours, job.num_bytes = False, 0
             for report, frame in job.unacked:
                 self.send(control.Reports(reports=[report]), frame)
+        held = [job for job in self.jobs.values() if job.ours]
+        if self.version[0] >= 0 and not self.draining:
+            scenario = self.stage.scenario
+            self.want(scenario.slots - len(held), scenario.window_bytes - sum(j.num_bytes for j in held))
+        fences = set(welcome.held)
+        for job in [job for job in held if job.fence not in fences and job.end is None]:
+            self._end(job, Status.ABORTED)
+        self.on_welcome(welcome)
+        if self.draining and not self.jobs:
+            self.leave()
 
     # Versions.
 

@@ -1,8 +1,9 @@
-"""Simulated actors that keep the real protocol: what all of them do, and source, reward worker, evaluator.
+"""Simulated actors that keep the real protocol: what all of them do.
 
 An actor is one life of a process: it dies for good, and the supervisor starts another one under its name. It
-can be frozen (stopped) and cut off; when its connection is lost it says hello again in the same life, names
-all the room it has, and repeats what was not acknowledged.
+can be frozen (stopped) and cut off. When its connection was lost, or the desk does not know it (any more), it
+says hello again in the same life with what it holds; welcomed, it repeats what is not acknowledged and names
+all the room it has. What it says between the loss of a connection and its notice of that reaches the desk.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from asyncrl.actor.client import HELLO_AGAIN_S
 from asyncrl.messages import control
-from asyncrl.messages.control import Kind
-from asyncrl.messages.sample import Lane
 from asyncrl.messages.version import Manifest
-from asyncrl.sim import bodies
 from asyncrl.sim.checks import Checks
 from asyncrl.sim.clock import Clock
 from asyncrl.sim.link import Pipe, Weather
 from asyncrl.sim.scenario import Scenario
+
+HEARTBEAT_S = 1.0
+"""As run.heartbeat_s by default."""
 
 Receive = Callable[["Peer", bytes, Any, list[bytes]], None]
 
@@ -57,22 +59,25 @@ class Peer:
 
     def __init__(self, name: str, life: int, stage: Stage) -> None:
         self.name, self.incarnation, self.stage = name, f"life{life}", stage
-        self.id = b""
-        """Address of its connection."""
-        self._connections = 0
-        self._connect()
+        self.id = f"{name}.{self.incarnation}".encode()
+        """Address of its connections, as with the real links."""
+        stage.addresses[self.id] = self
         self.alive = self.connected = True
-        self.frozen = self.welcome = self.over = False
+        self.frozen = self.over = False
+        self.welcome = False
+        """Whether its first hello was answered."""
+        self.starting = False
+        """It does not read yet: what comes waits."""
+        self.talking = False
+        self._desk = self._greeted = ""
+        """Life of the desk that welcomed it last, and of the one that it has greeted since."""
+        self._hellos = 0
         self.up = Pipe(stage.clock, stage.weather, self._at_desk)
         self.down = Pipe(stage.clock, stage.weather, self._take)
         self._held: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-
-    def _connect(self) -> None:
-        """A new connection has a new address: what is still said to the old one is lost with it."""
-        self.stage.addresses.pop(self.id, None)
-        self._connections += self.stage.scenario.new_addresses
-        self.id = f"{self.name}.{self.incarnation}#{self._connections}".encode()
-        self.stage.addresses[self.id] = self
+        self._unread: list[tuple[Any, list[bytes]]] = []
+        self._unsent: list[tuple[Any, list[bytes]]] = []
+        """Said while there was no connection: the link sends it when there is one again."""
 
     # Time and messages.
 
@@ -87,9 +92,17 @@ class Peer:
             call(*args)
 
     def send(self, message: Any, *frames: bytes) -> None:
-        """Say something to the desk."""
-        if self.alive and self.connected:
-            self.up.send(message, list(frames))
+        """Say something to the desk. While it is greeted again this is dropped: `restate` says it."""
+        if self.talking:
+            self._put(message, list(frames))
+
+    def _put(self, message: Any, frames: list[bytes]) -> None:
+        if not self.alive:
+            return
+        if self.connected:
+            self.up.send(message, frames)
+        else:
+            self._unsent.append((message, frames))
 
     def _at_desk(self, message: Any, frames: list[bytes]) -> None:
         self.stage.receive(self, self.id, message, frames)
@@ -99,43 +112,102 @@ class Peer:
             return
         if self.frozen:
             self._held.append((self._take, (message, frames)))
-        elif isinstance(message, control.Refused):
-            if self.welcome:  # else our hello is on its way
-                self.reconnect()
-        elif isinstance(message, control.Finish):
-            self.finish()
+        elif self.starting:
+            self._unread.append((message, frames))
         else:
-            self.welcome = self.welcome or isinstance(message, control.Welcome)
-            self.handle(message, frames)
+            self._read(message, frames)
+
+    def _read(self, message: Any, frames: list[bytes]) -> None:
+        match message:
+            case control.Welcome():
+                if message.number == self._hellos:
+                    self._welcomed(message)
+            case control.HelloAgain():
+                if message.desk != self._greeted:
+                    self._greet(message.desk)
+            case control.Refused():
+                self.stage.exited(self, message.reason)
+            case control.Finish():
+                self.finish()
+            case _:
+                self.handle(message, frames)
+
+    def started(self) -> None:
+        """From now on it reads."""
+        self.starting = False
+        unread, self._unread = self._unread, []
+        for message, frames in unread:
+            self._take(message, frames)
+
+    # The conversation, as in `actor.client`.
+
+    def hello(self) -> None:
+        """The first word."""
+        self._put(self._hello(), [])
+
+    def _hello(self) -> control.Hello:
+        return control.Hello(
+            name=self.name, role=self.role, incarnation=self.incarnation, protocol=control.PROTOCOL,
+            schema="", number=self._hellos,
+        )  # fmt: skip
+
+    def beat(self) -> None:
+        """A heartbeat: the desk that does not know us answers."""
+        self._put(control.Heartbeat(), [])
+
+    def _greet(self, life: str) -> None:
+        self.talking = False
+        self._greeted = life
+        self._hellos += 1
+        self._put(self.introduce(self._hello()), [])
+        self.after(HELLO_AGAIN_S + HEARTBEAT_S * self.stage.dice.random(), self._late, self._hellos)
+
+    def _late(self, number: int) -> None:
+        """A hello that has no answer by now is said again."""
+        if self._greeted and self._hellos == number and self.welcome:
+            self._greet(self._desk)
+
+    def _notice(self) -> None:
+        """Whether anything was lost with the connection, nobody knows."""
+        if self.starting:
+            self.after(HEARTBEAT_S, self._notice)
+        elif self.welcome:
+            self._greet(self._desk)
+
+    def _welcomed(self, welcome: control.Welcome) -> None:
+        first = not self.welcome
+        self.welcome = self.talking = True
+        self._desk, self._greeted = welcome.desk, ""
+        if first:
+            self.on_welcome(welcome)
+        else:
+            self.restate(welcome)
+
+    def introduce(self, hello: control.Hello) -> control.Hello:
+        """A further hello, with the leases it holds or its place."""
+        return hello
+
+    def on_welcome(self, welcome: control.Welcome) -> None:
+        """Its first hello was answered."""
+
+    def restate(self, welcome: control.Welcome) -> None:
+        """A further one was: say what is not acknowledged, and name all room there is."""
 
     # Life.
 
-    def hello(self) -> None:
-        """The first word on a connection."""
-        self.send(
-            control.Hello(
-                name=self.name, role=self.role, incarnation=self.incarnation, protocol=control.PROTOCOL,
-                schema="",
-            )
-        )  # fmt: skip
-
     def reconnect(self) -> None:
-        """The connection was lost with all that was on its way."""
-        self.up.cut()
-        self.down.cut()
-        self._connect()
-        self.connected, self.welcome = True, False
-        self.hello()
-        self.greet_again()
-
-    def greet_again(self) -> None:
-        """After a repeated hello: name all room, repeat what is not acknowledged."""
+        """There is a connection again; what was on its way through the former one is lost."""
+        self.connected = True
+        unsent, self._unsent = self._unsent, []
+        for message, frames in unsent:
+            self.up.send(message, frames)
 
     def cut_off(self) -> None:
-        """Nothing reaches anybody until it reconnects."""
+        """The connection is lost with all that is on its way; the next heartbeat notices."""
         self.connected = False
         self.up.cut()
         self.down.cut()
+        self.after(HEARTBEAT_S * self.stage.dice.random(), self._notice)
 
     def freeze(self) -> None:
         """The process is stopped."""
@@ -150,7 +222,7 @@ class Peer:
 
     def die(self) -> None:
         """It is gone, with everything on its way."""
-        self.alive = False
+        self.alive = self.talking = False
         self.stage.addresses.pop(self.id, None)
         self.up.cut()
         self.down.cut()
@@ -169,136 +241,4 @@ class Peer:
             return "its connection"
         if self.frozen:
             return "the signal to go on"
-        return "work" if self.welcome else "an answer to its hello"
-
-
-class Source(Peer):
-    """Hands in as many prompts as it is asked for."""
-
-    role = "source"
-    given = next_group = 0
-
-    def handle(self, message: Any, frames: list[bytes]) -> None:
-        del frames
-        match message:
-            case control.Welcome():
-                self.given, self.next_group = int(message.cursor or b"0"), message.next_group
-            case control.Need(lane=Lane.EVAL):
-                count = self.stage.scenario.eval_prompts
-                self.after(0.5, self._issue, Lane.EVAL, count, True, message.version)
-            case control.Need():
-                self.after(0.05, self._issue_train, message.groups)
-
-    def _issue_train(self, groups: int) -> None:
-        left = self.stage.scenario.prompts
-        count = groups if left is None else min(groups, left - self.given)
-        self.given += count
-        self._issue(Lane.TRAIN, count, left is not None and self.given >= left, 0)
-
-    def _issue(self, lane: Lane, count: int, ended: bool, version: int) -> None:
-        first = self.next_group
-        self.next_group += count
-        issue = control.Issue(
-            lane=lane,
-            first_group=first,
-            prompts=[control.Issued(self.stage.scenario.group_size, 3, "set")] * count,
-            cursor=b"%d" % self.given if lane is Lane.TRAIN else b"",
-            ended=ended,
-            version=version,
-        )
-        self.send(issue, *(bodies.prompt(first + i) for i in range(count)))
-
-    def reconnect(self) -> None:
-        super().reconnect()
-        self.next_group = -1  # what is still to be issued belongs to the lost connection
-
-    def send(self, message: Any, *frames: bytes) -> None:
-        if not isinstance(message, control.Issue) or (self.welcome and message.first_group >= 0):
-            super().send(message, *frames)
-
-
-class Reward(Peer):
-    """Scores samples and judges groups, after a while; sometimes it fails, sometimes it refuses."""
-
-    role = "reward"
-
-    def __init__(self, name: str, life: int, stage: Stage) -> None:
-        super().__init__(name, life, stage)
-        self.jobs: dict[int, tuple[control.Lease, int]] = {}
-        self.unacked: dict[int, tuple[Any, list[bytes]]] = {}
-
-    def hello(self) -> None:
-        super().hello()
-        self._want(Kind.SCORE, self.stage.scenario.reward_batch, self.stage.scenario.window_bytes)
-        self._want(Kind.FILTER, self.stage.scenario.reward_batch, 0)
-
-    def _want(self, kind: Kind, samples: int, num_bytes: int) -> None:
-        capacity = self.stage.scenario.reward_batch
-        self.send(control.Want(kind=kind, samples=samples, num_bytes=num_bytes, capacity=capacity))
-
-    def handle(self, message: Any, frames: list[bytes]) -> None:
-        match message:
-            case control.Acks():
-                for ack in message.acks:
-                    self.unacked.pop(ack.fence, None)
-            case control.Leases():
-                stream = iter(frames)
-                for lease in message.leases:
-                    self._start(lease, stream)
-
-    def _start(self, lease: control.Lease, stream: Any) -> None:
-        own = [next(stream) for _ in range(lease.parts.num_frames)]
-        bodies.read(lease.parts, iter(own))
-        self.jobs[lease.fence] = (lease, sum(map(len, own)))
-        self.after(self.stage.about(0.5, 0.8), self._do, lease.fence)
-
-    def _do(self, fence: int) -> None:
-        if fence not in self.jobs:
-            return  # started before the connection was lost, and done after
-        lease, num_bytes = self.jobs.pop(fence)
-        dice, scenario, group_id = self.stage.dice, self.stage.scenario, lease.parts.group_id
-        if lease.kind is Kind.FILTER:
-            keep = dice.random() >= scenario.refused_share
-            self._answer(fence, control.Verdict(fence=fence, group_id=group_id, keep=keep, reason="flat"))
-        else:
-            failed = [dice.random() < scenario.reward_failures for _ in lease.parts.indices]
-            scores = [
-                control.Scored(
-                    fence=fence, group_id=group_id, index=i, reward=1.0, error="timeout" if bad else ""
-                )
-                for i, bad in zip(lease.parts.indices, failed, strict=True)
-            ]
-            frames = [
-                b"" if bad else bodies.score(group_id, i)
-                for i, bad in zip(lease.parts.indices, failed, strict=True)
-            ]
-            self._answer(fence, control.Scores(scores=scores), *frames)
-        self._want(lease.kind, len(lease.parts.indices), num_bytes)
-
-    def _answer(self, fence: int, message: Any, *frames: bytes) -> None:
-        self.unacked[fence] = (message, list(frames))
-        self.send(message, *frames)
-
-    def greet_again(self) -> None:
-        self.jobs.clear()  # what the desk still counts as ours comes again, and is scored again
-        for message, frames in self.unacked.values():
-            self.send(message, *frames)
-
-    def waits_for(self) -> str:
-        return f"{len(self.jobs)} jobs to end" if self.jobs else super().waits_for()
-
-
-class Evaluator(Peer):
-    """Logs finished evaluations."""
-
-    role = "evaluator"
-
-    def handle(self, message: Any, frames: list[bytes]) -> None:
-        if not isinstance(message, control.Evaluated):
-            return
-        key = (message.version, message.incarnation)
-        for group_id, answers in bodies.read_all(message.groups, frames):
-            self.stage.checks.evaluated(group_id, answers, key)
-        if message.part + 1 == message.num_parts:
-            seen = control.EvaluationSeen(version=message.version, incarnation=message.incarnation)
-            self.after(0.2, self.send, seen)
+        return "work" if self.talking else "an answer to its hello"

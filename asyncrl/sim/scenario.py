@@ -10,6 +10,7 @@ import shlex
 import msgspec
 
 from asyncrl.buffer.config import LedgerConfig
+from asyncrl.buffer.delivery import PIECE_BYTES
 
 COMMAND = "python -m asyncrl.sim"
 
@@ -63,6 +64,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Samples a generator works on at once."""
     window_bytes: int = 1 << 20
     """Of every worker."""
+    piece_bytes: int = PIECE_BYTES
+    """Of a batch or an evaluation, in one message."""
     rewards: int = 8
     reward_batch: int = 64
     prefetch: int = 1
@@ -89,10 +92,6 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Longest time of a commit."""
     latency_s: float = 0.004
     """Median time of a message on its way."""
-
-    new_addresses: bool = True
-    """Whether an actor that connects again has a new address. Where it keeps the old one, what the desk was
-    writing for the lost connection reaches the new one, and credit is counted twice."""
 
     refused_share: float = 0.04
     """Groups a filter refuses."""

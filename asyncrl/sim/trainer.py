@@ -7,11 +7,14 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import msgspec
+
+from asyncrl.actor.pieces import Pieces
 from asyncrl.messages import control
 from asyncrl.messages.control import Kind
 from asyncrl.messages.version import Manifest
 from asyncrl.sim import bodies
-from asyncrl.sim.bodies import Answer, InvariantError
+from asyncrl.sim.bodies import Answer
 from asyncrl.sim.peers import Peer, Stage
 
 Groups = list[tuple[int, list[Answer]]]
@@ -25,10 +28,13 @@ class Trainer(Peer):
     def __init__(self, name: str, life: int, stage: Stage) -> None:
         super().__init__(name, life, stage)
         self.number = self.step = self.saved = 0
+        self._at_work = self._introduced = self._told = 0
+        """As in the trainer's role: steps in the weights soon, in the last hello, told to the desk."""
         self._last_push = -1
         self._recorded: Manifest | None = None
         self._batches: deque[tuple[int, Groups]] = deque()
         self._parts: Groups = []
+        self._pieces = Pieces()
         self._words: dict[tuple[str, int], Any] = {}
         self._busy = "welcome"
         """What it is doing; empty: it waits for a batch."""
@@ -36,9 +42,6 @@ class Trainer(Peer):
 
     def handle(self, message: Any, frames: list[bytes]) -> None:
         match message:
-            case control.Welcome(trainer=start):
-                assert start is not None, "the desk tells a trainer where to start"
-                self._on_welcome(start)
             case control.BatchPart():
                 self._take_part(message, frames)
             case control.Committed():
@@ -47,49 +50,61 @@ class Trainer(Peer):
                     self._busy = ""
                 self._next()
 
-    def _on_welcome(self, start: control.TrainerStart) -> None:
-        if self.number != start.incarnation:
-            self.number, self._recorded = start.incarnation, start.published
-            self._busy = "its checkpoint to be loaded"
-            self.after(self.stage.about(6.0), self._begin, start.checkpoint)
+    def on_welcome(self, welcome: control.Welcome) -> None:
+        start = welcome.trainer
+        assert start is not None, "the desk tells a trainer where to start"
+        self.number, self._recorded = start.incarnation, start.published
+        self._busy, self.starting = "its checkpoint to be loaded", True
+        self.after(self.stage.about(6.0), self._begin, start.checkpoint)
+
+    def _begin(self, checkpoint: str) -> None:
+        self.step = self.saved = self._at_work = self._told = int(checkpoint.rpartition("-")[2] or 0)
+        self._busy = ""
+        self._push()
+        self._want(1 + self.stage.scenario.prefetch, self.stage.scenario.window_bytes)
+        self.started()
+        self._next()
+
+    def introduce(self, hello: control.Hello) -> control.Hello:
+        self._introduced = max(self._at_work, self.step)
+        return msgspec.structs.replace(hello, batches=self._introduced)
+
+    def restate(self, welcome: control.Welcome) -> None:
+        start = welcome.trainer
+        if start is None or start.incarnation != self.number:
+            self.stage.exited(self, "another life of the trainer has taken its place")
             return
         for word in self._words.values():
             self.send(word)
-        if self._busy != "its checkpoint to be loaded":
-            self._want_all()
-
-    def _begin(self, checkpoint: str) -> None:
-        self.step = self.saved = int(checkpoint.rpartition("-")[2] or 0)
-        self._busy = ""
-        self._push()
-        self._want_all()
-        self._next()
-
-    def _want_all(self) -> None:
         scenario = self.stage.scenario
-        want = control.Want(kind=Kind.TRAIN, samples=1 + scenario.prefetch, num_bytes=scenario.window_bytes)
-        self.send(want)
+        at_work = max(0, self._introduced - self._told)
+        self._want(1 + scenario.prefetch - at_work, scenario.window_bytes)
+
+    def _want(self, batches: int, num_bytes: int) -> None:
+        self.send(control.Want(kind=Kind.TRAIN, samples=batches, num_bytes=num_bytes))
 
     # Batches.
 
     def _take_part(self, part: control.BatchPart, frames: list[bytes]) -> None:
-        self._parts = [] if part.part == 0 else self._parts
-        self._parts += bodies.read_all(part.groups, frames)
         self.stage.checks.delivered(part, frames)
-        self.send(control.Want(kind=Kind.TRAIN, samples=0, num_bytes=part.num_bytes))
+        self._want(0, part.num_bytes)
+        if not self._pieces.follows(part.batch, part.part):
+            return
+        self._parts = self._parts if part.part else []
+        self._parts += bodies.read_all(part.groups, frames)
         if part.part + 1 == part.num_parts:
             self._batches.append((part.batch, self._parts))
+            ahead = {batch for batch, _ in self._batches if batch >= self._at_work}
+            room = 1 + self.stage.scenario.prefetch - (self._at_work > self._told)
+            self.stage.checks.holds(self.name, len(ahead), room)
             self._next()
 
     def _next(self) -> None:
         while self._batches and not self._busy:
             batch, groups = self._batches.popleft()
-            if batch < self.step:  # delivered again after we had trained it
-                self.send(control.Want(kind=Kind.TRAIN, samples=1))
-                continue
             if batch != self.step:
-                raise InvariantError("batches come in order", f"{batch} where {self.step} is due")
-            self._busy = f"batch {batch} to be trained"
+                continue  # delivered again after we had trained it, or the one before it was lost on its way
+            self._busy, self._at_work = f"batch {batch} to be trained", batch + 1
             self.after(self.stage.about(self.stage.scenario.step_s, 0.2), self._trained, batch, groups)
         if self.ending and not self._busy and not self._batches:
             self._push()
@@ -104,8 +119,9 @@ class Trainer(Peer):
             batch=batch, incarnation=self.number, step=self.step, digest=self._digest(), started=now - 1.0,
             ended=now, tokens=tokens,
         )  # fmt: skip
+        self._told = batch + 1
         self._say("trained", batch, message)
-        self.send(control.Want(kind=Kind.TRAIN, samples=1))
+        self._want(1, 0)
         scenario = self.stage.scenario
         last = scenario.prompts is None and self.step == scenario.target
         if self.step % scenario.interval == 0 or last:
@@ -119,8 +135,7 @@ class Trainer(Peer):
 
     def _say(self, what: str, number: int, message: Any) -> None:
         self._words[(what, number)] = message
-        if self.welcome:  # else it is said after the older ones that may have been lost
-            self.send(message)
+        self.send(message)
 
     def _push(self) -> None:
         recorded = self._recorded
@@ -147,10 +162,6 @@ class Trainer(Peer):
     def _checkpoint(self, step: int) -> None:
         saved = control.Saved(rollout_step=step, incarnation=self.number, path=f"step-{step}", step=step)
         self._say("checkpoint", step, saved)
-
-    def greet_again(self) -> None:
-        self._batches.clear()  # all that is not trained will come again
-        self._parts = []
 
     def finish(self) -> None:
         if self.ending or self.step == self.stage.scenario.target:

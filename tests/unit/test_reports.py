@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 import msgspec
+import pytest
 
 from asyncrl.actor.reports import Outbox
 from asyncrl.messages.control import Ack, Report, Reports
@@ -56,7 +57,7 @@ async def test_whatever_is_not_acknowledged_is_said_again_once() -> None:
     assert wire.outbox.fences == [7, 8]
     await wire.write()
     assert [r.fence for r in wire.sent] == [7], "what was said again was queued as well"
-    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True), Ack(8, 1, 0, 7, True)])
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True), Ack(8, 1, 0, 7, True, last=True)])
     assert again(wire.outbox) == []
     assert wire.outbox.fences == [7]
     await first.report(Segment(), Status.COMPLETED)
@@ -71,6 +72,32 @@ async def test_an_acknowledgement_of_an_earlier_report_changes_nothing() -> None
     await out.report(segment(2), Status.COMPLETED)
     wire.outbox.acknowledged([Ack(7, 0, 0, 3, True)])
     assert again(wire.outbox) == [(7, 3, 2)], "the last report was taken for acknowledged"
+    wire.outbox.acknowledged([Ack(7, 0, 0, 5, True, last=True)])
+    assert wire.outbox.fences == []
+
+
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.ABORTED, Status.FAILED])
+async def test_a_last_report_without_tokens_waits_for_its_own_acknowledgement(status: Status) -> None:
+    """Fails when offsets alone decide: a repeat of the progress before it has the same one."""
+    wire = Wire()
+    out = wire.outbox.open(7, 0, 0, 0)
+    await out.report(segment(3), Status.PENDING)
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True)])
+    await out.report(Segment(), status)
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True)])
+    assert again(wire.outbox) == [(7, 3, 0)], "the last report was taken for acknowledged"
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True, last=True)])
+    assert again(wire.outbox) == []
+    await asyncio.wait_for(wire.outbox.drained(), 1)
+
+
+async def test_a_sample_whose_tokens_are_thrown_away_on_its_return_is_acknowledged() -> None:
+    """Fails when the offset, 0 then, has to be that of the report: its lease stayed open for ever."""
+    wire = Wire()
+    out = wire.outbox.open(7, 0, 0, 0)
+    await out.report(segment(3), Status.ABORTED)
+    wire.outbox.acknowledged([Ack(7, 0, 0, 0, True, last=True)])
+    assert wire.outbox.fences == []
 
 
 async def test_a_refused_sample_ends_without_waiting_for_anybody() -> None:
