@@ -14,7 +14,13 @@ from msgspec import inspect
 
 from asyncrl.errors import ConfigError
 from asyncrl.messages.control import FromBuffer, ToBuffer
-from asyncrl.messages.supervision import FromSupervisor, ToSupervisor
+from asyncrl.messages.supervision import (
+    AttachRequest,
+    DetachRequest,
+    FromSupervisor,
+    StatusRequest,
+    ToSupervisor,
+)
 from asyncrl.topology.plan import Plan
 
 SUPERVISOR = "supervisor"
@@ -197,7 +203,8 @@ def _types(moment: Moment, role: str) -> dict[str, type]:
         unions = [FromBuffer, ToSupervisor] if outward else [ToBuffer, FromSupervisor]
     else:
         unions = [ToBuffer, ToSupervisor] if outward else [FromBuffer, FromSupervisor]
-    return {kind.__name__: kind for union in unions for kind in get_args(union)}
+    commands = set() if role == SUPERVISOR else {AttachRequest, DetachRequest, StatusRequest}
+    return {kind.__name__: kind for union in unions for kind in get_args(union) if kind not in commands}
 
 
 def _of_action(order: Order, moment: Moment, role: str) -> str:
