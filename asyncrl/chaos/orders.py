@@ -67,8 +67,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     "clock": `time.time()` of this process jumps by `seconds`.
     At send and receive: "drop"; "duplicate"; "delay" by `seconds`, others overtake it; "swap" with the next
     message to or from that peer, if one comes within `seconds` (0: 1 s).
-    At messages of a client: "cut", the connection is lost and dialled again (send: before the message goes
-    out; receive: the message has arrived).
+    At messages of a client: "cut", the connection is lost with what is in it, and dialled again (send: before
+    the message goes out; receive: the message has arrived). With a "drop" of the same message it is lost the
+    way messages get lost; a "drop" alone is a fault that no transport here has.
     At files: "errno:ENOSPC" and the like, an OSError out of the call.
     """
     nth: int = 1

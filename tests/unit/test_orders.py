@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.chaos import ORDERS, Life, Order, begin_life, check, read_journal, tapped_client, tapped_server
@@ -222,6 +222,13 @@ def test_two_orders_about_one_message_take_turns(tmp_path: Path) -> None:
     here = life(tmp_path, order("send:Heartbeat", "drop"), order("send:Heartbeat", "duplicate"))
     found = [here.at("send", beat(0)) for _ in range(3)]
     assert [item and item.action for item in found] == ["drop", "duplicate", None]
+    here = life(
+        tmp_path / "counted",
+        order("send:Heartbeat", "drop", count=2),
+        order("send:Heartbeat", "duplicate", nth=3),
+    )
+    found = [here.at("send", beat(0)) for _ in range(4)]
+    assert [item and item.action for item in found] == ["drop", "drop", "duplicate", None]
 
 
 def test_a_message_is_known_by_its_fields_or_by_those_of_one_element(tmp_path: Path) -> None:
@@ -354,6 +361,7 @@ async def test_delayed_while_others_overtake(tmp_path: Path, way: tuple[str, str
     assert got == [0, 1, 4, 5, 2, 3]
 
 
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(["say", "cancel", "recv"]), max_size=30))
 def test_a_cancelled_recv_loses_nothing_while_messages_are_on_a_detour(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str]
@@ -427,6 +435,16 @@ async def test_a_cut_is_counted_and_the_conversation_goes_on(
             pass
         await server.send(b"generator-0.abc", Need(lane=Lane.TRAIN, version=7))
         assert (await waiting).message.version == 7
+
+
+async def test_a_message_is_lost_with_its_connection(tmp_path: Path) -> None:
+    orders = [order("send:Heartbeat", action, where={"version": 1}) for action in ("drop", "cut")]
+    async with talk(tmp_path, *orders, scheme="tcp") as (server, client):
+        for number in (1, 2):
+            await client.send(beat(number))
+        assert client.cuts == 1
+        assert (await server.recv()).message == beat(2)
+        assert not await more(server)
 
 
 async def test_moments_come_in_their_order(tmp_path: Path) -> None:
