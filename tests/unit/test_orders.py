@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.chaos import ORDERS, Life, Order, begin_life, check, read_journal, tapped_client, tapped_server
+from asyncrl.chaos.detour import Detour
 from asyncrl.errors import ConfigError, RunError
 from asyncrl.link import ClientLink, Hub, ServerLink, bind, connect
 from asyncrl.messages.control import (
@@ -359,6 +360,14 @@ async def test_swapped_with_nothing_it_comes_by_itself(tmp_path: Path, way: tupl
 async def test_delayed_while_others_overtake(tmp_path: Path, way: tuple[str, str, bool]) -> None:
     got = await arrivals(tmp_path, way, "delay", say=6, expect=6, seconds=0.05, count=2)
     assert got == [0, 1, 4, 5, 2, 3]
+
+
+async def test_what_was_swapped_does_not_come_once_more() -> None:
+    came: list[int] = []
+    detour = Detour[int](lambda _, item: came.append(item))
+    swap = order("send:Heartbeat", "swap", seconds=60.0)
+    assert [detour.route(swap, b"a", 1), detour.route(None, b"b", 2), detour.pending] == [[], [2], True]
+    assert [detour.route(None, b"a", 3), detour.pending, came] == [[3, 1], False, []]
 
 
 @settings(max_examples=30)
