@@ -61,6 +61,8 @@ class GeneratorRole(DeskActor):
         self._announced: Manifest | None = None
         self._announced_at = 0.0
         self._news = asyncio.Event()
+        self._moved = asyncio.Event()
+        """The version that is being fetched is announced again, or by another publisher."""
         self._engine: Engine | None = None
         self._custom: Callable[..., Any] | None = None
         self._args: Args | None = None
@@ -140,6 +142,9 @@ class GeneratorRole(DeskActor):
                 self._announce(message.manifest)
 
     def _announce(self, manifest: Manifest) -> None:
+        old = self._announced
+        if old is not None and (old.version == manifest.version or old.address != manifest.address):
+            self._moved.set()
         self._announced, self._announced_at = manifest, time.monotonic()
         self._news.set()
 
@@ -244,9 +249,12 @@ class GeneratorRole(DeskActor):
             assert manifest is not None, "news name a version"
             if (manifest.version, manifest.incarnation) == self.version:
                 continue
-            swapped = await self.swapper.swap(self.engine, manifest, is_newest=lambda m: m is self._announced)
+            self._moved.clear()
+            swapped = await self.swapper.swap(
+                self.engine, manifest, is_newest=lambda m: m is self._announced, moved=self._moved
+            )
             if swapped is None:
-                continue  # retired while we were fetching it: a newer one has been announced
+                continue  # retired while we were fetching it, or to be had elsewhere: there is news
             first = self.version[0] < 0
             if first:
                 await session.warm_up(self.engine)

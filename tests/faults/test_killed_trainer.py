@@ -36,6 +36,7 @@ def behind(run: Run) -> int:
 
 def assert_never_back(run: Run, *, since: float, published: int) -> None:
     """Whatever was published since is no older than what had been; no generator was told anything older."""
+    run.until("select 1 from versions where published_at > ?", since)
     assert one(run.path, "select min(version) from versions where published_at > ?", since) >= published
     told: dict[str, int] = {}
     for name, version in rows(run.path, "select name, version from swaps order by at"):
@@ -50,7 +51,6 @@ def fail(run: Run) -> None:
     published = one(run.path, f"{PUBLISHED} where published_at <= ?", at)
     assert published >= 1, "nothing to go back from"
     run.until("select 1 from checkpoints where rollout_step = 3 and incarnation > 1")
-    run.until("select 1 from versions where published_at > ?", at)
     assert_never_back(run, since=at, published=published)
 
 
