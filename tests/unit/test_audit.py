@@ -128,6 +128,7 @@ DAMAGE = [
     ("batches.order", "update groups set settled_seq = 1 where batch = 3"),
     ("batches.groups", "update groups set batch = 2 where batch = 3"),
     ("staleness.feasible", "update groups set due = 0 where batch > 1"),
+    ("groups.retries", f"insert into retries values ({TRAINED} + 1, {TRAINED})"),
     # samples
     ("groups.samples", f"delete from samples where group_id = {TRAINED} and idx = 1"),
     ("totals.issued.samples", f"delete from samples where group_id = {TRAINED} and idx = 1"),
