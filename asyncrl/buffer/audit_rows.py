@@ -155,6 +155,20 @@ def _prompts(view: View) -> Finding:
     )
 
 
+def _retries(view: View) -> Finding:
+    """A group that tries another one again has its prompt, and came after that one had failed."""
+    if not view.one("select count(*) from sqlite_master where name = 'retries'"):
+        return Finding(0, 0, skipped="the run is older than retries")
+    return view.counted(
+        "select count(*) from retries",
+        "select r.group_id, r.retry_of from retries r left join groups n on n.group_id = r.group_id"
+        " left join groups o on o.group_id = r.retry_of left join bodies a on a.body = n.prompt_body"
+        " left join bodies b on b.body = o.prompt_body where not ((o.reason = 'failed' and n.lane = 'train'"
+        " and o.lane = 'train' and o.settled_at <= n.created_at and a.digest = b.digest) is true) order by 1",
+        "group {0} tries group {1} again, which had not failed, or has another prompt",
+    )
+
+
 def _body_kinds(view: View) -> Finding:
     return view.counted(
         "select count(*) from bodies",
@@ -241,6 +255,7 @@ CHECKS = (
     Check("groups.settled", "every group is in flight or settled once, and its state says so", _groups),
     Check("groups.samples", "every group has its samples, numbered from 0", _samples),
     Check("groups.prompt", "every group has its prompt's body", _prompts),
+    Check("groups.retries", "a group that was tried again had failed, with the same prompt", _retries),
     Check("samples.state", "a sample's state is one its group's state allows", _sample_states),
     Check("samples.score", "a finished sample has one score, an unfinished one none", _scores),
     Check("samples.tokens", "a sample's tokens are those of its bodies", _tokens),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from asyncrl.buffer.deaths import cost, deaths
-from asyncrl.buffer.records import connect
+from asyncrl.buffer.records import connect, retries
 from asyncrl.errors import DataError, StorageError
 
 
@@ -41,7 +41,12 @@ def story(run_dir: Path, group: int, sample: int | None = None) -> list[str]:
     db = connect(run_dir)
     try:
         row = _group(db, run_dir, group, sample)
-        events = [*_born(row), *_leased(db, group, sample), *_trained(db, row), *_settled(db, row, sample)]
+        events = [
+            *_born(row, db),
+            *_leased(db, group, sample),
+            *_trained(db, row),
+            *_settled(db, row, sample),
+        ]
     except sqlite3.Error as error:
         raise StorageError(f"{run_dir}: the story cannot be read: {error}") from error
     finally:
@@ -63,11 +68,17 @@ def _group(db: sqlite3.Connection, run_dir: Path, group: int, sample: int | None
     return row
 
 
-def _born(row: dict[str, Any]) -> list[_Event]:
+def _born(row: dict[str, Any], db: sqlite3.Connection) -> list[_Event]:
     lane = f"evaluation of v{row['version']}.{row['incarnation']}" if row["lane"] == "eval" else "training"
     data = f" from {row['dataset']}" if row["dataset"] else ""
-    text = f"group {row['group_id']} handed in for {lane}{data}: {row['num_samples']} samples, "
-    return [_Event(row["created_at"], 0, 0, text + f"prompt of {row['prompt_tokens']} tokens")]
+    old = next((old for old, new in retries(db) if new == row["group_id"]), None)
+    again = "" if old is None else f", which tries group {old} again"
+    text = f"group {row['group_id']} handed in for {lane}{data}{again}: {row['num_samples']} samples, "
+    born = [_Event(row["created_at"], 0, 0, text + f"prompt of {row['prompt_tokens']} tokens")]
+    for new in [new for old, new in retries(db) if old == row["group_id"]]:
+        at = db.execute("select created_at from groups where group_id = ?", (new,)).fetchone()[0]
+        born.append(_Event(at, 7, new, f"tried again as group {new}"))
+    return born
 
 
 def _leased(db: sqlite3.Connection, group: int, sample: int | None) -> list[_Event]:

@@ -77,6 +77,8 @@ class Book:
         self.groups[group.group_id] = group
         self.totals["issued.groups"] += 1
         self.totals["issued.samples"] += issued.num_samples
+        if issued.retry_of >= 0:
+            self.row("retry", group.group_id, issued.retry_of)
         self.touch(group, *group.samples)
         return group
 

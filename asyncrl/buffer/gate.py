@@ -17,6 +17,7 @@ from asyncrl.buffer.states import WorkerRecord
 from asyncrl.errors import ProtocolError
 from asyncrl.messages import control
 from asyncrl.messages.control import Kind, Report
+from asyncrl.messages.sample import Lane
 
 MAX_NAME = 255
 """Characters of a name and of an incarnation."""
@@ -76,6 +77,8 @@ def check(worker: WorkerRecord, message: Any, frames: Sequence[bytes], ledger: L
         case control.Verdict():
             _check_owner(worker, message.fence, ledger)
             _check_removed(message, ledger)
+        case control.Issue():
+            _check_retries(message, ledger)
         case control.Published():
             _check_step("version", message.manifest.version, ledger)
         case control.Saved():
@@ -127,6 +130,14 @@ def _check_removed(verdict: control.Verdict, ledger: Ledger) -> None:
     if group is not None and any(index >= len(group.samples) for index in verdict.removed):
         raise ProtocolError(
             f"it took samples {verdict.removed[:8]} out of group {group.group_id} of {len(group.samples)}"
+        )
+
+
+def _check_retries(issue: control.Issue, ledger: Ledger) -> None:
+    wrong = [prompt.retry_of for prompt in issue.prompts if prompt.retry_of >= ledger.book.next_group]
+    if wrong or (issue.lane is Lane.EVAL and any(prompt.retry_of >= 0 for prompt in issue.prompts)):
+        raise ProtocolError(
+            f"it retries groups {wrong[:8]} of {ledger.book.next_group}, or some in lane {issue.lane}"
         )
 
 

@@ -151,9 +151,9 @@ class Members:
             self.ledger.book.row("untrain_samples", step)
 
     def leave(self, worker: WorkerRecord, reason: str, now: float) -> None:
-        """It said goodbye. One that says so while it runs failed, and what it holds is not handed back."""
-        failed = reason == "running" and bool(worker.leases)
-        self._remove(worker, f"failed ({reason})" if failed else reason, now, ours=True, died=failed)
+        """It said goodbye. One that says so while it runs and holds work has not handed it back."""
+        early = reason == "running" and bool(worker.leases)
+        self._remove(worker, "left while it ran" if early else reason, now, ours=True, died=early)
 
     def expel(self, worker: WorkerRecord, reason: str, now: float) -> None:
         """It broke the protocol: nothing it holds is its own any more. No sample is to blame for that."""

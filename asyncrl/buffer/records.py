@@ -205,6 +205,10 @@ class Records:
         """Every worker the desk lost, and what that cost, in the order they went."""
         return deaths(self.db)
 
+    def retries(self) -> list[tuple[int, int]]:
+        """(failed group, group that tries it again), in order."""
+        return retries(self.db)
+
     def leases(self, *, open_only: bool = False) -> list[LeaseRow]:
         """Leases in the order they were given."""
         which = "where ended_at is null" if open_only else ""
@@ -276,6 +280,13 @@ class Records:
             return self.db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise StorageError(f"{self.run_dir / DATABASE}: cannot be read: {error}") from error
+
+
+def retries(db: sqlite3.Connection) -> list[tuple[int, int]]:
+    """(failed group, group that tries it again), in order; none for a run older than the table."""
+    if not db.execute("select 1 from sqlite_master where name = 'retries'").fetchone():
+        return []
+    return db.execute("select retry_of, group_id from retries order by group_id").fetchall()
 
 
 def connect(run_dir: Path) -> sqlite3.Connection:

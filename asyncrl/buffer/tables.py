@@ -60,6 +60,7 @@ create table if not exists members (
 create table if not exists swaps (
   name text not null, version integer not null, incarnation integer not null, pause_s real not null,
   transfer_s real not null, aborted integer not null, recomputed_tokens integer not null, at real not null);
+create table if not exists retries (group_id integer primary key, retry_of integer not null);
 create table if not exists deaths (
   name text not null, incarnation text not null, at real not null, reason text not null,
   samples integer not null, kept integer not null, discarded integer not null, bound integer not null);
@@ -99,6 +100,7 @@ STATEMENTS = {
     "member_left": "update members set left_at = ?, reason = ? where name = ? and incarnation = ?"
     " and left_at is null",
     "swap": "insert into swaps values (?,?,?,?,?,?,?,?)",
+    "retry": "insert into retries values (?,?)",
     "death": "insert into deaths values (?,?,?,?,?,?,?,?)",
     "meta": "insert or replace into meta values (?,?)",
     "total": "insert or replace into totals values (?,?)",

@@ -116,11 +116,12 @@ def show(run: Path, uid: str, *, as_json: bool) -> None:
                 line = dump.line_of(sample, batch=batch, settled=row.reason, issue_version=row.version)
                 console.out(msgspec.json.encode(line).decode(), highlight=False)
             return
-        for text in _described(row, chosen):
+        for text in described(row, chosen):
             console.out(text, highlight=False)
 
 
-def _described(row: GroupRow, chosen: Sequence[Sample]) -> Iterator[str]:
+def described(row: GroupRow, chosen: Sequence[Sample]) -> Iterator[str]:
+    """A group and some of its samples, line by line."""
     prompt = chosen[0].prompt
     where = f", batch {row.batch}" if row.batch >= 0 else ""
     note = f" ({row.note})" if row.note else ""

@@ -24,6 +24,12 @@ from asyncrl.run.remote import Place, find, question
 from asyncrl.run.remote import attach as join
 from asyncrl.run.rundir import read_status
 
+SHOWN = (
+    "steps", "versions", "evaluations", "samples", "leases", "tokens", "lengths", "dropped", "quarantine",
+    "deaths",
+)  # fmt: skip
+"""Facts that `status` shows a line of, in order."""
+
 
 def attach(role: str, address: str, *, key: Path | None, name: str | None, overrides: list[str]) -> int:
     """Work for a live run until it ends, Ctrl-C (drains) or `asyncrl detach`."""
@@ -104,17 +110,7 @@ def _show(facts: dict[str, Any], console: Console) -> None:
         console.print(f"  {state['detail']}", soft_wrap=True)
     if state.get("address") and facts["live"]:
         console.print(f"  attach with: asyncrl attach generator {state['address']}", soft_wrap=True)
-    for title in (
-        "steps",
-        "versions",
-        "evaluations",
-        "samples",
-        "leases",
-        "tokens",
-        "lengths",
-        "dropped",
-        "deaths",
-    ):
+    for title in SHOWN:
         if facts.get(title):
             console.print(f"  {title:<12}{facts[title]}", soft_wrap=True)
     if facts.get("members"):

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from asyncrl.cli import buffer
+from asyncrl.cli import buffer, quarantine
 from asyncrl.errors import AsyncrlError
 
 INTERRUPTED = 130
@@ -69,6 +69,7 @@ app = typer.Typer(
 )
 
 app.add_typer(buffer.app, name="buffer")
+app.add_typer(quarantine.app, name="quarantine")
 
 Overrides = Annotated[
     list[str] | None,

@@ -246,6 +246,8 @@ class Issued(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: Count
     """Prompt tokens."""
     dataset: str = ""
+    retry_of: CountOrNone = -1
+    """The failed group that this one tries again; -1: none."""
 
 
 class Issue(Message, frozen=True, kw_only=True):

@@ -51,6 +51,8 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Response tokens thrown away, by reason."""
     deaths: str = ""
     """Workers that were lost and what that cost, in words."""
+    num_failed: int = 0
+    """Groups that failed for good."""
     reward_first: float | None = None
     """Mean raw reward of the first batch."""
     reward_last: float | None = None
@@ -95,6 +97,8 @@ def next_steps(summary: RunSummary) -> list[tuple[str, str]]:
         steps.append(("look inside", f"asyncrl status {run_dir}"))
     else:
         steps.insert(0, ("go on", f"asyncrl launch --resume {run_dir}"))
+    if summary.num_failed:
+        steps.append(("what failed", f"asyncrl quarantine ls {run_dir}"))
     return steps
 
 
@@ -131,6 +135,7 @@ def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
         ("samples", Text(f"{summary.num_samples:,} trained")),
         ("tokens", _tokens(summary)),
         ("dropped", _dropped(summary)),
+        ("quarantine", _quarantine(summary)),
         ("deaths", Text(printable(summary.deaths))),
         ("lengths", Text(summary.lengths)),
         ("reward", _change(summary.reward_first, summary.reward_last)),
@@ -160,6 +165,11 @@ def _tokens(summary: RunSummary) -> Text:
 def _dropped(summary: RunSummary) -> Text:
     parts = [f"{short(tokens)} {reason}" for reason, tokens in summary.tokens_dropped.items() if tokens]
     return Text(f"{', '.join(parts)} tokens" if parts else "")
+
+
+def _quarantine(summary: RunSummary) -> Text:
+    failed = summary.num_failed
+    return Text(f"{failed} {'group' if failed == 1 else 'groups'} failed" if failed else "", style="yellow")
 
 
 def _change(before: float | None, after: float | None) -> Text:

@@ -1,15 +1,19 @@
-"""The source: hands in as many prompts as the buffer asks for, and the evaluation sets when one is due."""
+"""The source: hands in as many prompts as the buffer asks for, and the evaluation sets when one is due.
+
+Failed groups that an operator wants tried again come before new prompts, as new groups; see `data.retries`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.data.open import eval_sets, open_source
+from asyncrl.data.retries import Retries
 from asyncrl.data.source import EvalSet, PromptSource
 from asyncrl.messages.control import Issue, Issued, Need, Welcome
 from asyncrl.messages.parts import encode_body
@@ -34,6 +38,7 @@ class SourceRole(DeskActor):
         super().__init__(context)
         self._needs: asyncio.Queue[Need] = asyncio.Queue()
         self._source: PromptSource | None = None
+        self._retries = Retries(context.run_dir)
         self._eval_sets: list[EvalSet] = []
         self._next_group = 0
         self._again: Welcome | None = None
@@ -45,9 +50,9 @@ class SourceRole(DeskActor):
 
     async def on_welcome(self, welcome: Welcome) -> None:
         self._next_group = welcome.next_group
-        source = self._source
-        if welcome.cursor and source is not None:
-            await self.compute(lambda: source.restore(welcome.cursor))
+        source, cursor = self._source, self._retries.unwrap(welcome.cursor)
+        if cursor and source is not None:
+            await self.compute(lambda: source.restore(cursor))
 
     def restate(self, welcome: Welcome) -> list[Statement]:
         """Nothing: it asks anew for whatever it needs."""
@@ -86,33 +91,54 @@ class SourceRole(DeskActor):
     async def _issue(self, groups: int) -> None:
         source = self._source
         assert source is not None
+        groups = await self._issue_again(source, groups)
         while groups > 0 and self._again is None:
             count = min(groups, CHUNK)
             prompts = await self.compute(functools.partial(source.next, count))
-            cursor = await self.compute(source.cursor)
+            cursor = self._retries.wrap(await self.compute(source.cursor))
             ended = len(prompts) < count or source.exhausted
-            samples = self.plan.topology.rollout.n_samples_per_prompt
-            await self._hand_in(Lane.TRAIN, prompts, samples=samples, cursor=cursor, ended=ended)
+            await self._hand_in(Lane.TRAIN, self._fresh(prompts), cursor=cursor, ended=ended)
             groups = 0 if ended else groups - count
+
+    def _fresh(self, prompts: Iterable[Prompt]) -> Iterator[tuple[Issued, bytes]]:
+        return _bodies(prompts, samples=self.plan.topology.rollout.n_samples_per_prompt)
+
+    async def _issue_again(self, source: PromptSource, groups: int) -> int:
+        """Failed groups that are to be tried again; returns how many groups are still wanted."""
+        again = await self.compute(functools.partial(self._retries.next, min(groups, CHUNK)))
+        if not again:
+            return groups
+        samples = self.plan.topology.rollout.n_samples_per_prompt
+        pairs = [(Issued(samples, r.num_tokens, r.dataset, r.group_id), r.prompt) for r in again]
+        cursor = self._retries.wrap(await self.compute(source.cursor))
+        self.log.info("issued again", groups=[r.group_id for r in again])
+        await self._hand_in(Lane.TRAIN, pairs, cursor=cursor, ended=False)
+        return groups - len(again)
 
     async def _issue_evaluation(self, version: int) -> None:
         prompts = await self.compute(lambda: [p for s in self._eval_sets for p in s.prompts()])
         samples = self.plan.topology.eval.n_samples_per_eval_prompt
-        await self._hand_in(Lane.EVAL, prompts, samples=samples, ended=True, version=version)
+        await self._hand_in(Lane.EVAL, _bodies(prompts, samples=samples), ended=True, version=version)
 
     async def _hand_in(
-        self, lane: Lane, prompts: Iterable[Prompt], *, samples: int, ended: bool, cursor: bytes = b"",
+        self, lane: Lane, prompts: Iterable[tuple[Issued, bytes]], *, ended: bool, cursor: bytes = b"",
         version: int = 0,
     ) -> None:  # fmt: skip
         if self._again is not None:
             return  # what these prompts were asked for is asked for again
         issued, frames = [], []
-        for prompt in prompts:
-            issued.append(Issued(samples, len(prompt.tokens) // 4, prompt.dataset))
-            frames.append(encode_body(prompt))
+        for prompt, frame in prompts:
+            issued.append(prompt)
+            frames.append(frame)
         first = self._next_group
         self._next_group += len(issued)
         await self.send(
             Issue(lane=lane, first_group=first, prompts=issued, cursor=cursor, ended=ended, version=version),
             frames,
         )
+
+
+def _bodies(prompts: Iterable[Prompt], *, samples: int) -> Iterator[tuple[Issued, bytes]]:
+    """Prompts as they are handed in."""
+    for prompt in prompts:
+        yield Issued(samples, len(prompt.tokens) // 4, prompt.dataset), encode_body(prompt)

@@ -107,6 +107,7 @@ def summarise(
         trained_tokens=figures.trained_tokens,
         lengths=in_words(of_records(records.db)),
         tokens_dropped=tokens_dropped(records.totals()),
+        num_failed=records.totals().get("settled.failed.groups", 0),
         deaths=deaths.in_words(records.deaths()),
         reward_first=rewards[0] if rewards else None,
         reward_last=rewards[-1] if rewards else None,

@@ -29,6 +29,7 @@ def overview(run_dir: Path) -> dict[str, Any]:
                 "tokens": _tokens(db),
                 "lengths": in_words(of_records(db)),
                 "dropped": _dropped(db),
+                "quarantine": _quarantine(db, run_dir),
                 "deaths": in_words_deaths(deaths(db)),
             }
         except sqlite3.OperationalError:
@@ -68,6 +69,11 @@ def _dropped(db: sqlite3.Connection) -> str:
     """Tokens thrown away, by reason."""
     dropped = tokens_dropped(dict(db.execute("select key, value from totals").fetchall()))
     return ", ".join(f"{tokens} {reason}" for reason, tokens in dropped.items() if tokens)
+
+
+def _quarantine(db: sqlite3.Connection, run_dir: Path) -> str:
+    (failed,) = db.execute("select count(*) from groups where reason = 'failed'").fetchone()
+    return f"{failed} failed; asyncrl quarantine ls {run_dir}" if failed else ""
 
 
 def _tokens(db: sqlite3.Connection) -> str:

@@ -104,7 +104,7 @@ class Rescorer:
             self._runner.close()
 
     async def _score(self, groups: Groups) -> Groups:
-        fresh = [[_as_generated(sample) for sample in group] for group in groups]
+        fresh = [[as_generated(sample) for sample in group] for group in groups]
         if self._group_rm:
             results = await asyncio.gather(*(self._sandbox.score_group(group) for group in fresh))
         else:
@@ -123,7 +123,7 @@ class Rescorer:
         ]
 
 
-def _as_generated(sample: Sample) -> Sample:
+def as_generated(sample: Sample) -> Sample:
     """The sample as the recorded reward saw it: without its score and the metadata it added."""
     added = sample.score.metadata if sample.score is not None else {}
     kept = {key: value for key, value in sample.metadata.items() if key not in added}

@@ -13,6 +13,7 @@ import pytest
 
 from asyncrl.buffer.audit import CHECKS, AuditReport, audit
 from asyncrl.buffer.audit_story import story
+from asyncrl.buffer.records import Records
 from asyncrl.cli import records as command
 from asyncrl.errors import DataError
 from tests.desk import Desk, make_plan, played
@@ -128,6 +129,7 @@ DAMAGE = [
     ("batches.order", "update groups set settled_seq = 1 where batch = 3"),
     ("batches.groups", "update groups set batch = 2 where batch = 3"),
     ("staleness.feasible", "update groups set due = 0 where batch > 1"),
+    ("groups.retries", f"insert into retries values ({TRAINED} + 1, {TRAINED})"),
     # samples
     ("groups.samples", f"delete from samples where group_id = {TRAINED} and idx = 1"),
     ("totals.issued.samples", f"delete from samples where group_id = {TRAINED} and idx = 1"),
@@ -240,6 +242,18 @@ def test_one_damaged_row_breaks_the_equation_that_is_about_it(run: Path, name: s
     assert not report.closes
     assert name in broken(report), f"named were {broken(report)}"
     assert broken(report)[name]
+
+
+def test_a_run_older_than_retries_and_deaths_closes(run: Path) -> None:
+    with sqlite3.connect(run / "buffer.db") as db:
+        db.executescript("drop table retries; drop table deaths")
+    db.close()
+    report = audit(run)
+    assert report.closes
+    assert [e.name for e in report.equations if e.skipped] == ["groups.retries", "bodies.content"]
+    assert story(run, 3)
+    with Records(run) as records:
+        assert (records.retries(), records.deaths()) == ([], [])
 
 
 def test_every_equation_has_a_row_that_breaks_it() -> None:

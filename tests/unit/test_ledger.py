@@ -14,11 +14,13 @@ from ledger_world import Setup, World
 from asyncrl.buffer.book import Frame
 from asyncrl.buffer.config import LedgerConfig
 from asyncrl.buffer.fleet import Fleet
+from asyncrl.buffer.gate import check
 from asyncrl.buffer.states import LeaseRecord
+from asyncrl.errors import ProtocolError
 from asyncrl.messages import control
 from asyncrl.messages.control import Kind
 from asyncrl.messages.parts import encode_body
-from asyncrl.messages.sample import Lane, Score, Settled, Status
+from asyncrl.messages.sample import Lane, Prompt, Score, Settled, Status, pack_tokens
 
 CONFIG = LedgerConfig(batch_size=2, max_staleness=1, tickets=4, num_rollout=4)
 Make = Callable[..., World]
@@ -399,6 +401,37 @@ def test_the_source_is_asked_for_no_more_than_the_run_needs(make: Make) -> None:
     world.finish()
     lanes = dict(world.desk.store.db.execute("select lane, count(*) from groups group by 1").fetchall())
     assert lanes[Lane.TRAIN] == 4 * 2, "4 steps of 2 groups"
+
+
+def test_a_group_that_tries_another_again_names_it_in_the_transaction_of_its_cursor(make: Make) -> None:
+    world = make()
+    start(world)
+    source = world.peers["source"].peer
+    first = world.desk.ledger.book.next_group
+    prompt = encode_body(Prompt(tokens=pack_tokens([1, 2, 3])))
+    issue = control.Issue(
+        lane=Lane.TRAIN, first_group=first, prompts=[control.Issued(2, 3, "set", 1)], cursor=b"retries=1;4"
+    )
+    world.desk.take(source, issue, [prompt])
+    world.desk.take(source, issue, [prompt])  # sent again: ignored
+    assert world.desk.store.db.execute("select * from retries").fetchall() == []
+    world.commit()
+    assert world.desk.store.db.execute("select * from retries").fetchall() == [(first, 1)]
+    cursor = world.desk.store.db.execute("select value from meta where key = 'cursor'").fetchone()
+    assert cursor == (b"retries=1;4",)
+
+
+def test_a_retry_of_a_group_that_was_never_issued_breaks_the_protocol(make: Make) -> None:
+    world = make()
+    start(world)
+    ledger = world.desk.ledger
+    worker = ledger.fleet.workers[world.peers["source"].peer]
+    for lane, old in ((Lane.TRAIN, ledger.book.next_group), (Lane.EVAL, 0)):
+        issue = control.Issue(
+            lane=lane, first_group=ledger.book.next_group, prompts=[control.Issued(2, 3, "set", old)]
+        )
+        with pytest.raises(ProtocolError, match="it retries groups"):
+            check(worker, issue, [b"x"], ledger)
 
 
 def test_prompts_handed_in_twice_are_one_group(make: Make) -> None:
