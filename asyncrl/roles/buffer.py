@@ -281,6 +281,8 @@ class BufferRole(Actor):
             self.gauges["buffer/commit_s"] = time.monotonic() - began
             for item, frames in outgoing:
                 await self._post(item, frames)
+            for proven in self.members.blame.take():
+                await self._say(proven)
             await self._maybe_end()
 
     async def _alarm(self, reason: str) -> None:
