@@ -30,7 +30,7 @@ LOAD_S = 5.0
 """A load of weights that takes less is never slow ..."""
 LOAD_FACTOR = 4.0
 """... and is slow beyond so many times the others' median."""
-LAG_S = 1.0
+LAG_S = 2.0
 """A standstill of an event loop that is worth counting."""
 LAGS = 3
 """So many of them within LAG_WINDOW_S are a doubt."""

@@ -175,12 +175,11 @@ def launched_from(topology: Path) -> Iterator[Run]:
 
 SLOW_OPTIONS = {
     **ENDLESS,
-    "rollout.on_straggler": "drop",
-    "rollout.max_staleness": 6,
+    "rollout.max_staleness": 200,
     "run.slow_after_s": 2.0,
     "reward.use": "random",
 }
-"""Batches do not wait for the slow ones, so that the fast ones always have work to be compared by."""
+"""Nobody waits for the slow ones for long, so that the fast ones always have work to be compared by."""
 
 
 def test_a_slow_generator_is_killed_once_and_blames_no_sample(
@@ -253,6 +252,7 @@ def test_poisoned_prompts_cost_their_groups_and_not_the_run(
         **slow,
         "run.num_rollout": 4,
         "run.max_restarts": 3,
+        "run.stall_s": 250.0,
         "generator.replicas": 1,
         "rollout.custom_generate_function_path": f"{tmp_path / 'poison.py'}:generate",
     }

@@ -226,7 +226,7 @@ def test_a_load_is_slow_against_what_others_took() -> None:
 @pytest.mark.parametrize(("every_s", "found"), [(LAG_WINDOW_S / 2, True), (LAG_WINDOW_S / 2 + 0.1, False)])
 def test_an_event_loop_has_to_stand_still_again_and_again(every_s: float, found: bool) -> None:
     paces = Paces()
-    update = MemberUpdate(name="x", role="reward", state="running", lag_s=1.5)
+    update = MemberUpdate(name="x", role="reward", state="running", lag_s=2.5)
     doubts = [Doubt.LAGGING in paces.report(update, n * every_s) for n in range(6)]
     assert doubts == [found and n >= LAGS - 1 for n in range(6)]
 
