@@ -157,6 +157,7 @@ class Actor:
             waits=self.waits.snapshot(),
             waits_for=longest[0] if longest else "",
             waits_for_s=longest[1] if longest else 0.0,
+            lag_s=self._lag.take(),
         )
 
     def vitals(self) -> Facts:

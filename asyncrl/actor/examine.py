@@ -17,7 +17,8 @@ from typing import Any
 
 import msgspec
 
-from asyncrl.actor.roster import MemberState, Roster, State
+from asyncrl.actor.health import State
+from asyncrl.actor.roster import MemberState, Roster
 from asyncrl.link import Delivery
 from asyncrl.messages.supervision import Alarm, Diagnose, Diagnosis, Reply
 from asyncrl.obs.doctor import Report, report_on, save

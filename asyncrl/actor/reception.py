@@ -1,14 +1,13 @@
-"""What the supervisor makes of its peers' words, and says of a stall: pure functions of the roster."""
+"""What the supervisor makes of its peers' words: pure functions of the roster."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from asyncrl.actor.roster import MemberState, Roster, State
+from asyncrl.actor.health import State
+from asyncrl.actor.roster import Roster
 from asyncrl.errors import ProtocolError
 from asyncrl.messages.control import PROTOCOL
 from asyncrl.messages.supervision import (
@@ -54,7 +53,7 @@ def _problem(roster: Roster, request: AttachRequest, *, schema: str) -> str:
     if request.role not in ATTACHABLE:
         return f'role "{request.role}" cannot be attached; allowed: {", ".join(ATTACHABLE)}'
     known = roster.members.get(request.name)
-    if request.name and known is not None and known.state is not State.GONE:
+    if request.name and known is not None and known.state is not State.RETIRED:
         return f'the name "{request.name}" is taken; choose another one'
     return ""
 
@@ -62,12 +61,12 @@ def _problem(roster: Roster, request: AttachRequest, *, schema: str) -> str:
 def detach(roster: Roster, request: DetachRequest) -> tuple[Reply, Drain | Stop | None]:
     """The answer, and what to tell the member; None when there is nothing to tell."""
     member = roster.members.get(request.name)
-    if member is None or member.state is State.GONE or not member.peer:
+    if member is None or member.state is State.RETIRED or not member.peer:
         here = ", ".join(m.name for m in roster.present() if m.role in ATTACHABLE)
         return Reply(ok=False, text=f'nobody here is called "{request.name}"; present: {here}'), None
     if member.role not in ATTACHABLE:
         return Reply(ok=False, text=f"the {member.role} cannot leave a run; Ctrl-C ends the run"), None
-    member.state = State.LEAVING
+    member.leaving = True
     if request.drain:
         return Reply(ok=True, text=f"{member.name} drains and leaves"), Drain(reason="detached")
     return Reply(ok=True, text=f"{member.name} leaves now"), Stop()
@@ -96,20 +95,3 @@ def updates_of(roster: Roster, peer: bytes, message: Telemetry) -> list[Update]:
     except Exception as error:
         raise ProtocolError(f"telemetry of {message.name}: {error}") from error
     return [u for u in updates if not isinstance(u, MemberUpdate) or u.name == message.name]
-
-
-def describe(roster: Roster, reports: Mapping[str, MemberUpdate]) -> list[dict[str, Any]]:
-    """Every member as plain data."""
-    return [_row(member, reports.get(member.name)) for member in roster.members.values()]
-
-
-def _row(member: MemberState, report: MemberUpdate | None) -> dict[str, Any]:
-    return {
-        "name": member.name,
-        "role": member.role,
-        "state": str(member.state),
-        "pid": member.pid,
-        "restarts": member.restarts,
-        "attached": member.attached,
-        "report": None if report is None else msgspec.to_builtins(report),
-    }

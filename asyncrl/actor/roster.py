@@ -1,7 +1,7 @@
 """Who belongs to a run, how each one stands, and the rule for starting one again. Pure.
 
     how it ended     finished   signal    failed    final   config
-    of our own       expected   restart   restart   fail    fail       (restart: while the budget lasts)
+    of our own       expected   restart   restart   fail    fail       (restart: while its budget lasts)
     attached         expected   expected  expected  expected  expected
 
 "final" is a failure that another try would repeat: the trainer's batch has NaN, the prompt file is malformed,
@@ -10,25 +10,14 @@ the filters refuse everything. A run that is ending expects every end. Time come
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from asyncrl.actor.budget import Budget
+from asyncrl.actor.health import SUSPECT_HEARTBEATS, Health, State
 from asyncrl.errors import ExitCode
 from asyncrl.messages.supervision import Exiting
-
-FIRST_BACKOFF_S = 0.2
-
-
-class State(StrEnum):
-    """How a member stands with the supervisor."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    LEAVING = "leaving"
-    """Asked to drain or detach."""
-    RESTARTING = "restarting"
-    GONE = "gone"
 
 
 class Ending(StrEnum):
@@ -52,22 +41,38 @@ class MemberState:
     incarnation: str
     attached: bool = False
     """Came by `asyncrl attach`: not our child, never restarted by us."""
-    state: State = State.STARTING
+    health: Health = field(default_factory=Health)
+    budget: Budget = field(default_factory=Budget)
+    """Like `health`, shared by all lives of a name until it is retired."""
+    leaving: bool = False
+    """Asked to drain or detach."""
     peer: bytes = b""
     pid: int = 0
     host: str = ""
     """Where it says it runs."""
-    restarts: int = 0
     last_words: str = ""
     final: bool = False
     """Its last words name an error that another try would repeat."""
     said_why: bool = False
     """It has said its last words, so that it may be silent while it cleans up."""
+    killed_for: str = ""
+    """Why we killed it, in one word; empty when we did not."""
     killed_by_us: bool = False
+    """For a reason of our own: its death is neither its own fault nor that of a sample."""
     heard_at: float = 0.0
     """When it was started or heard of last, on the clock of `Roster.silent`."""
     beats: bool = False
     """Whether it reports regularly by now; before that it loads, which may take long."""
+
+    @property
+    def state(self) -> State:
+        """How it stands."""
+        return self.health.state
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started again."""
+        return self.budget.restarts
 
 
 class Fate(StrEnum):
@@ -111,6 +116,8 @@ class Roster:
     """All members, past ones included (a name is used again by its restart)."""
 
     max_restarts: int
+    restart_window_s: float = float("inf")
+    """A life that was healthy for so long starts its name's count of restarts anew."""
     members: dict[str, MemberState] = field(default_factory=dict)
     ending: bool = False
     """The run is finishing, draining or failing: an end is what we want."""
@@ -120,10 +127,11 @@ class Roster:
         self, name: str, role: str, incarnation: str, *, attached: bool = False, now: float = 0.0
     ) -> MemberState:
         """A process was started (again), or attached."""
+        member = MemberState(name, role, incarnation, attached, Health(now), heard_at=now)
         known = self.members.get(name)
-        member = MemberState(
-            name, role, incarnation, attached, restarts=known.restarts if known else 0, heard_at=now
-        )
+        if known is not None and known.state is State.RESTARTING:
+            member.health, member.budget = known.health, known.budget
+            member.health.begin(now)
         self.members[name] = member
         return member
 
@@ -142,27 +150,33 @@ class Roster:
             member.heard_at, member.beats = now, True
 
     def silent(
-        self, now: float, *, every_s: float, dead_after_s: float, start_s: float
+        self, now: float, *, every_s: float, heartbeat_s: float, dead_after_s: float, start_s: float
     ) -> list[tuple[MemberState, float]]:
-        """Processes of our own that count as dead, with how long they have been silent.
+        """Processes of our own that are dead from now on, with how long they have been silent.
 
-        Time in which the supervisor itself stood still is not charged to them.
+        Whoever missed `SUSPECT_HEARTBEATS` becomes a suspect before. Time in which the supervisor itself
+        stood still is charged to nobody.
 
         Args:
             now: the present time.
             every_s: how often this is called when nothing is wrong.
+            heartbeat_s: how often members report.
             dead_after_s: silence after which one that reports counts as dead.
             start_s: how long one may take from its start to its first report.
         """
         stood_still = now - self._last_look - 2 * every_s if self._last_look is not None else 0.0
         self._last_look = now
         found = []
-        for member in self.present(own=True):
+        for member in self.present():
             member.heard_at += max(0.0, stood_still)
             silence = now - member.heard_at
-            here = member.state is not State.RESTARTING
+            if not member.health.alive:
+                continue
             reports = member.beats and not member.said_why
-            if here and silence > (dead_after_s if reports else start_s):
+            if reports:
+                member.health.silent(now, seconds=silence, suspect_after_s=SUSPECT_HEARTBEATS * heartbeat_s)
+            if not member.attached and silence > (dead_after_s if reports else start_s):
+                member.health.died(now)
                 found.append((member, silence))
         return found
 
@@ -174,33 +188,50 @@ class Roster:
         return f"{base}-{number}"
 
     def present(self, *, own: bool = False) -> Iterator[MemberState]:
-        """Members that are not gone; `own` leaves out attached ones."""
-        return (m for m in self.members.values() if m.state is not State.GONE and not (own and m.attached))
+        """Members that are not retired; `own` leaves out attached ones."""
+        return (m for m in self.members.values() if m.state is not State.RETIRED and not (own and m.attached))
 
-    def ended(self, member: MemberState, code: int) -> Fate:
-        """What the end of a process means; marks it gone or restarting."""
-        leaving = member.state is State.LEAVING
-        member.state = State.GONE
-        if self.ending or leaving or member.attached:
+    def ended(self, member: MemberState, code: int, *, now: float = 0.0) -> Fate:
+        """What the end of a process means; marks it restarting or retired."""
+        health, budget = member.health, member.budget
+        if self.ending or member.leaving or member.attached:
+            health.retire(now)
             return Fate.EXPECTED
         fate = POLICY[member.role, ending_of(code, final=member.final)]
-        if fate is not Fate.RESTART:
+        if fate is Fate.EXPECTED:
+            health.retire(now)
             return fate
-        if member.restarts >= self.max_restarts:
-            return Fate.FAIL
-        member.state = State.RESTARTING
-        member.restarts += 1
+        well_s = now - health.proven_at if health.proven_at is not None else 0.0
+        health.died(now)
+        budget.deaths[member.killed_for or (f"signal {-code}" if code < 0 else f"exit code {code}")] += 1
+        if fate is Fate.RESTART and not budget.grant(
+            member.incarnation,
+            max_restarts=self.max_restarts,
+            well_s=well_s,
+            window_s=self.restart_window_s,
+            ours=member.killed_by_us,
+        ):
+            fate = Fate.FAIL
+        if fate is Fate.RESTART:
+            health.restart(now)
+        else:
+            health.retire(now)
         return fate
+
+    def acquit(self, incarnations: Collection[str]) -> list[MemberState]:
+        """These deaths were a sample's doing: they count against nobody. Returns whose they were."""
+        return [
+            member
+            for member in self.members.values()
+            if [known for known in incarnations if member.budget.acquit(known)]
+        ]
 
     def spent(self, member: MemberState) -> str:
         """What a story ends with when no restart is left; empty when there never was one to give."""
-        if not member.restarts or member.restarts < self.max_restarts:
+        charged = len(member.budget.charged)
+        if not charged or charged < self.max_restarts:
             return ""
-        return f" (restarted {member.restarts} times before; run.max_restarts = {self.max_restarts})"
-
-    def backoff_s(self, member: MemberState) -> float:
-        """How long to wait before this restart; doubles with each."""
-        return float(FIRST_BACKOFF_S * 2 ** (member.restarts - 1))
+        return f" (restarted {charged} times before; run.max_restarts = {self.max_restarts})"
 
 
 def story(member: MemberState, code: int) -> str:

@@ -25,13 +25,15 @@ from asyncrl.actor.base import SCHEMA
 from asyncrl.actor.children import Children
 from asyncrl.actor.examine import Doctor
 from asyncrl.actor.launchers import Launcher
-from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, updates_of
-from asyncrl.actor.roster import Fate, MemberState, Roster, State
+from asyncrl.actor.reception import ATTACHABLE, attach, crowded, detach, updates_of
+from asyncrl.actor.roster import Fate, MemberState, Roster
+from asyncrl.actor.watch import LOOK_S, START_DEADLINE_S, Watch
 from asyncrl.chaos import begin_life, tapped_server
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, complain
 from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
 from asyncrl.messages.supervision import (
+    Acquitted,
     AttachRequest,
     DetachRequest,
     Drain,
@@ -42,17 +44,14 @@ from asyncrl.messages.supervision import (
     Telemetry,
     ToSupervisor,
 )
+from asyncrl.obs.metrics import MetricsWriter
 from asyncrl.obs.view import MemberUpdate, NoteUpdate, PhaseUpdate, StepUpdate, Update
 from asyncrl.topology.plan import Plan, ProcessPlan
 
-START_DEADLINE_S = 120.0
-"""How long a process may take from start to hello: importing torch on a cold disk is slow."""
 DRAIN_DEADLINE_S = 120.0
 """How long a drain may take: a rollout step and a checkpoint."""
 FINISH_DEADLINE_S = 30.0
 """How long actors may take to leave once the run has finished, and then again once they were told to stop."""
-LOOK_S = 0.5
-"""How often stalls, silences and deadlines are looked at."""
 
 
 class Supervisor:
@@ -73,7 +72,8 @@ class Supervisor:
     ) -> None:
         """`show` gets every update for people; `on_address` the addresses once they are known."""
         self.plan = plan
-        self.roster = Roster(max_restarts=plan.topology.run.max_restarts)
+        run = plan.topology.run
+        self.roster = Roster(max_restarts=run.max_restarts, restart_window_s=run.restart_window_s)
         self.children = Children(launcher, self.roster, on_end=self._ended)
         self.run_dir = run_dir
         self.resumed = resumed
@@ -101,7 +101,15 @@ class Supervisor:
             phase=lambda: self.phase,
             fail=self._fail,
         )
-        self._reports: dict[str, MemberUpdate] = {}
+        self._metrics = MetricsWriter(run_dir / "metrics" / "supervisor.jsonl")
+        self.watch = Watch(
+            run,
+            roster=self.roster,
+            kill=self.children.kill,
+            show=show,
+            log=self.log,
+            metrics=self._metrics,
+        )
 
     async def run(self) -> ExitCode:
         """Start everything and see it through."""
@@ -124,6 +132,7 @@ class Supervisor:
         finally:
             self.children.kill_all()
             self.doctor.close()
+            self._metrics.close()
             await self._link.close(linger_s=0.2)
         return self.exit_code
 
@@ -170,9 +179,9 @@ class Supervisor:
 
     async def _ended(self, process: ProcessPlan, member: MemberState, code: int) -> None:
         """A process ended: what follows is the roster's to say."""
-        fate = self.roster.ended(member, code)
+        fate = self.roster.ended(member, code, now=time.monotonic())
         text = self.children.story(member, code)
-        self._gone(member)
+        self.watch.gone(member)
         if fate is Fate.EXPECTED:
             if member.last_words and code not in {0, int(ExitCode.DRAINED)}:
                 self.log.warning("ended badly", member=member.name, code=code, message=member.last_words)
@@ -188,19 +197,12 @@ class Supervisor:
                 name=member.name, incarnation=member.incarnation, reason=text, ours=member.killed_by_us
             )
         )
-        await asyncio.sleep(self.roster.backoff_s(member))
+        await asyncio.sleep(member.budget.backoff_s(member.name))
         if not self.roster.ending:
             await self._start(process)
             return
-        member.state = State.GONE
+        member.health.retire(time.monotonic())
         self._maybe_over()
-
-    def _gone(self, member: MemberState) -> None:
-        report = self._reports.get(member.name)
-        if report is not None:
-            state = "dead" if member.state is State.RESTARTING else "left"
-            self._reports[member.name] = report = msgspec.structs.replace(report, state=state)
-            self._show_update(report)
 
     def _fail(self, reason: str) -> None:
         self.failure = self.failure or reason
@@ -251,7 +253,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
-            self._end_the_silent(now)
+            self.watch.look(now)
             if self.phase in {"training", "starting"} and self.doctor.since_step_s > stall_s:
                 reason = await self.doctor.verdict(f"no rollout step for {stall_s:g} s (run.stall_s)")
                 # It may have moved, or ended, meanwhile.
@@ -263,15 +265,6 @@ class Supervisor:
                 self._fail(await self.doctor.verdict(why))
             elif now > self._deadline:
                 self._over.set()
-
-    def _end_the_silent(self, now: float) -> None:
-        """Kill what counts as dead; what follows is decided when it has been reaped."""
-        dead_after_s = self.plan.topology.run.dead_after_s
-        for member, silence in self.roster.silent(
-            now, every_s=LOOK_S, dead_after_s=dead_after_s, start_s=START_DEADLINE_S
-        ):
-            if self.children.kill(member.name):
-                member.last_words = f"silent for {silence:.1f} s (run.dead_after_s = {dead_after_s:g})"
 
     async def _read(self) -> None:
         """consumes: what actors and commands say    waits for: them"""
@@ -288,6 +281,8 @@ class Supervisor:
                 self._telemetry(delivery.peer, delivery.message)
             case Exiting():
                 self._exiting(delivery.peer, delivery.message)
+            case Acquitted():
+                self._acquitted(delivery.peer, delivery.message)
             case AttachRequest():
                 reply = attach(
                     self.roster, delivery.message, schema=SCHEMA, plan=self.plan,
@@ -305,8 +300,18 @@ class Supervisor:
             return
         self.children.said_why(member.name)
         if member.attached:
-            member.state = State.GONE
-            self._gone(member)
+            member.health.retire(time.monotonic())
+            self.watch.gone(member)
+
+    def _acquitted(self, peer: bytes, message: Acquitted) -> None:
+        if not any(m.role == "buffer" and m.peer == peer for m in self.roster.present()):
+            self._complain("malformed", peer, "only the buffer says whose fault a death was")
+            return
+        freed = [member.name for member in self.roster.acquit(message.incarnations)]
+        if freed:
+            text = f"{message.reason}: deaths of {', '.join(freed)} that do not count (run.max_restarts)"
+            self.log.warning(text)
+            self._show_update(NoteUpdate(text=text))
 
     async def _hello(self, peer: bytes, hello: Hello) -> None:
         if hello.protocol != PROTOCOL or hello.schema != SCHEMA:
@@ -324,8 +329,6 @@ class Supervisor:
             now = time.monotonic()
             member = self.roster.join(hello.name, hello.role, hello.incarnation, attached=True, now=now)
         member.peer, member.pid, member.host = peer, hello.pid, hello.host
-        if member.state is State.STARTING:
-            member.state = State.RUNNING
         if self.phase == "draining":
             await self._send(peer, Drain(reason="asked to"))
         if hello.address:
@@ -343,7 +346,8 @@ class Supervisor:
         self.roster.heard(message.name, time.monotonic())
         for update in updates:
             if isinstance(update, MemberUpdate):
-                self._reports[update.name] = update
+                self.watch.heard(update, time.monotonic())
+                continue
             self.doctor.noticed(update)
             if isinstance(update, StepUpdate) and self.phase == "starting":
                 self._enter("training")
@@ -363,7 +367,7 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """What `asyncrl status` shows of a live run."""
-        return {"phase": self.phase, "failure": self.failure, "members": describe(self.roster, self._reports)}
+        return {"phase": self.phase, "failure": self.failure, "members": self.watch.describe()}
 
     async def _to_buffer(self, message: MemberLost) -> None:
         for member in self.roster.present():

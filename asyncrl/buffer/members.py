@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from asyncrl.buffer import deaths
+from asyncrl.buffer.blame import Blame
 from asyncrl.buffer.ledger import TICK_S, Ledger
 from asyncrl.buffer.states import WorkerRecord, parts_of, size_of
 from asyncrl.messages.control import (
@@ -32,6 +33,7 @@ class Members:
     def __init__(self, ledger: Ledger, *, run_id: str, life: str = "") -> None:
         """`life` is the incarnation of the buffer's process."""
         self.ledger = ledger
+        self.blame = Blame(ledger)
         self.run_id = run_id
         self.life = life
         self.incarnation = 0
@@ -183,7 +185,7 @@ class Members:
         if died:
             identity = (worker.name, worker.incarnation)
             deaths.record(self.ledger, identity, leases, reason, now)
-        self.ledger.release(leases, reason, now, ours=ours)
+        self.blame.release(leases, reason, now, ours=ours)
         self.ledger.book.row("member_left", now, reason, worker.name, worker.incarnation)
         if worker.role == "trainer" and self.ledger.fleet.only("trainer") is None:
             self.ledger.versions.trainer_left()

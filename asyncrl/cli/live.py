@@ -115,6 +115,9 @@ def _show(facts: dict[str, Any], console: Console) -> None:
             console.print(f"  {title:<12}{facts[title]}", soft_wrap=True)
     if facts.get("members"):
         console.print(_members(facts["members"]))
+        for member in facts["members"]:
+            for words in filter(None, (member["why"], (member.get("report") or {}).get("problem"))):
+                console.print(f"  {member['name']}: {words}", style="yellow", soft_wrap=True, markup=False)
 
 
 def _members(members: list[dict[str, Any]]) -> Table:
@@ -129,15 +132,22 @@ def _members(members: list[dict[str, Any]]) -> Table:
         table.add_row(
             f"  {member['name']}", _state(member), "" if version is None else str(version),
             short(report.get("generated_tokens") or 0), f"{waits}{since}", str(member["pid"] or ""),
-            str(member["restarts"]),
+            _restarts(member),
         )  # fmt: skip
     return table
+
+
+def _restarts(member: dict[str, Any]) -> str:
+    """How often it was started again, and what its lives died of."""
+    deaths = ", ".join(f"{count} {reason}" for reason, count in sorted(member["deaths"].items()))
+    return f"{member['restarts']} ({deaths})" if deaths else str(member["restarts"])
 
 
 def _state(member: dict[str, Any]) -> str:
     """Attached members are marked; the evaluator shares the source's process and is none of its own."""
     attached = member.get("attached") and member["role"] != "evaluator"
-    return f"{member['state']}, attached" if attached else str(member["state"])
+    words = [str(member["state"]), "leaving" if member["leaving"] else "", "attached" if attached else ""]
+    return ", ".join(filter(None, words))
 
 
 def keys(path: Path) -> int:

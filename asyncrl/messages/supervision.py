@@ -63,6 +63,15 @@ class Alarm(Message, frozen=True, kw_only=True):
     reason: str
 
 
+class Acquitted(Message, frozen=True, kw_only=True):
+    """Buffer to supervisor: workers died because of a sample, not of themselves."""
+
+    incarnations: list[str]
+    """The lives that it ended."""
+    reason: str
+    """Which sample it was, and how that is known."""
+
+
 class AttachRequest(Message, frozen=True, kw_only=True):
     """A newcomer to the supervisor."""
 
@@ -106,6 +115,15 @@ class Reply(Message, frozen=True, kw_only=True):
 
 
 ToSupervisor = (
-    Hello | Telemetry | Exiting | Alarm | Diagnose | Diagnosis | AttachRequest | DetachRequest | StatusRequest
+    Hello
+    | Telemetry
+    | Exiting
+    | Alarm
+    | Acquitted
+    | Diagnose
+    | Diagnosis
+    | AttachRequest
+    | DetachRequest
+    | StatusRequest
 )
 FromSupervisor = Welcome | Refused | MemberLost | Drain | Stop | Diagnose | AttachReply | Reply

@@ -260,6 +260,12 @@ _OURS = (
     Metric("link/bytes_in", "bytes", "Bytes received.", "counter"),
     Metric("link/bytes_out", "bytes", "Bytes sent.", "counter"),
     Metric("obs/failed_rows", "1", "Rows of logs and metrics the disk refused.", "counter"),
+    *(
+        Metric(f"fleet/{state}", "1", f"Members that are {state}.")
+        for state in ("healthy", "suspect", "dead", "restarting", "stale", "retired")
+    ),
+    Metric("fleet/restarts", "1", "Processes started again.", "counter"),
+    Metric("fleet/deaths", "1", "Ends of processes that were not asked for.", "counter"),
     Metric("custom/{name}", "1", "A plug-in's own number."),
 )
 

@@ -45,6 +45,8 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Response tokens the buffer received."""
     trained_tokens: int
     """Response tokens trained."""
+    fleet: str = ""
+    """Processes that died and were started again, in words."""
     lengths: str = ""
     """Lengths generated and trained, in words."""
     tokens_dropped: dict[str, int] = {}
@@ -138,6 +140,7 @@ def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
         ("quarantine", _quarantine(summary)),
         ("deaths", Text(printable(summary.deaths))),
         ("lengths", Text(summary.lengths)),
+        ("fleet", Text(summary.fleet)),
         ("reward", _change(summary.reward_first, summary.reward_last)),
         ("accuracy", _change(summary.accuracy_before, summary.accuracy_after)),
         ("exported", _exported(summary)),

@@ -48,7 +48,15 @@ STUCK_S = 5.0
 WIDE = 100
 """From this width on the member table shows every column."""
 
-_STATES = {"running": "green", "loading": "cyan", "draining": "yellow", "dead": "bold red"}
+_STATES = {
+    "running": "green",
+    "loading": "cyan",
+    "stale": "cyan",
+    "draining": "yellow",
+    "suspect": "bold yellow",
+    "dead": "bold red",
+    "restarting": "bold red",
+}
 
 
 class Frame:
@@ -255,7 +263,7 @@ def _cells(member: Member, *, wide: bool) -> Iterator[Text | str]:
     report = member.report
     generates = report.role == "generator" and report.state != "dead"
     yield Text(printable(report.name))
-    yield Text(printable(report.state), style=_STATES.get(report.state, "none"))
+    yield Text(printable(report.word), style=_STATES.get(report.word, "none"))
     yield "" if report.version is None else str(report.version)
     yield percent(member.busy) if report.state != "dead" else ""
     yield short(member.tokens_per_s) if generates else ""
@@ -285,7 +293,7 @@ def _fit(members: list[Member], rows: int) -> tuple[list[Member], list[Member]]:
     seen: Counter[str] = Counter()
     ranked = []
     for position, member in enumerate(members):
-        ranked.append((member.report.state == "running", seen[member.report.role], position))
+        ranked.append((member.report.word == "running", seen[member.report.role], position))
         seen[member.report.role] += 1
     kept = {position for _, _, position in sorted(ranked)[: rows - 1]}
     shown = [member for position, member in enumerate(members) if position in kept]
@@ -293,7 +301,7 @@ def _fit(members: list[Member], rows: int) -> tuple[list[Member], list[Member]]:
 
 
 def _more(hidden: list[Member]) -> str:
-    counts = Counter((member.report.role, member.report.state) for member in hidden)
+    counts = Counter((member.report.role, member.report.word) for member in hidden)
     parts = [f"{count} {role} {state}" for (role, state), count in counts.items()]
     return f"and {len(hidden)} more: {', '.join(parts)}"
 

@@ -104,6 +104,28 @@ class MemberUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="member"):
     generated_tokens: int = 0
     push_pause_s: float | None = None
     """Its last pause of generation for new weights."""
+    digest: str = ""
+    """Digest of `version`, once it has checked the bytes it serves against it."""
+    held: int = 0
+    """Samples it has in work."""
+    load_s: float | None = None
+    """From the announcement of `version` to serving it."""
+    loading_s: float = 0.0
+    """Since a version was announced that it does not serve yet; 0 where there is none."""
+    problem: str = ""
+    """What keeps it from serving that version."""
+    lag_s: float = 0.0
+    """How long its event loop stood still at a time, at most, since its last report."""
+    health: str = ""
+    """How it stands by the supervisor's judgement, which adds it: `actor.health.State`."""
+
+    @property
+    def word(self) -> str:
+        """Its state in one word: what it says, unless the supervisor knows of trouble."""
+        if self.state in GONE or self.health in {"", "healthy", "retired"}:
+            return self.state
+        # Whoever starts or drains says so itself.
+        return self.state if self.health == "stale" and self.state != "running" else self.health
 
 
 class NoteUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="note"):

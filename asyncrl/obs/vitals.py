@@ -219,6 +219,7 @@ class LoopLag:
         self._clock = clock
         self._tick_s = tick_s
         self._lags: deque[float] = deque([0.0], maxlen=LAG_WINDOW)
+        self._untold_s = 0.0
 
     @property
     def worst_s(self) -> float:
@@ -230,7 +231,14 @@ class LoopLag:
         while True:
             began = self._clock()
             await asyncio.sleep(self._tick_s)
-            self._lags.append(max(0.0, self._clock() - began - self._tick_s))
+            lag_s = max(0.0, self._clock() - began - self._tick_s)
+            self._lags.append(lag_s)
+            self._untold_s = max(self._untold_s, lag_s)
+
+    def take(self) -> float:
+        """The longest standstill since the last call: each is told once."""
+        lag_s, self._untold_s = self._untold_s, 0.0
+        return lag_s
 
 
 def queues_of(owner: object) -> dict[str, int]:

@@ -136,7 +136,7 @@ class BufferRole(Actor):
             self._changed.set()
 
     def _now(self) -> float:
-        """The time of an event: for the records what the machine's clock shows, for silence what it cannot."""
+        """The time of an event: what the machine's clock shows, for records; silence has a clock of its own."""
         self.ledger.fleet.steady = time.monotonic()
         return time.time()
 
@@ -285,6 +285,8 @@ class BufferRole(Actor):
             self.gauges["buffer/commit_s"] = time.monotonic() - began
             for item, frames in outgoing:
                 await self._post(item, frames)
+            for proven in self.members.blame.take():
+                await self._say(proven)
             await self._maybe_end()
 
     async def _alarm(self, reason: str) -> None:

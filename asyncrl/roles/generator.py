@@ -7,6 +7,7 @@ NewVersion -> receive, verify -> engine.load_weights -> Swapped, credit under th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -22,18 +23,21 @@ from asyncrl.engines import session
 from asyncrl.engines.base import Engine, GenerateRequest, OnNewWeights
 from asyncrl.engines.make import make_engine
 from asyncrl.engines.swap import Swapper, push_metrics
-from asyncrl.errors import AsyncrlError, ExitCode
+from asyncrl.errors import AsyncrlError, ExitCode, WeightsError
 from asyncrl.messages.control import Acks, Hello, Kind, Lease, Leases, NewVersion, Want, Welcome
 from asyncrl.messages.hooks import Args
 from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample, Segment, Status
 from asyncrl.messages.version import Manifest
 from asyncrl.obs.log import version_line
-from asyncrl.obs.view import MemberUpdate
+from asyncrl.obs.view import MemberUpdate, NoteUpdate
 from asyncrl.obs.vitals import Facts
 from asyncrl.topology.flat import flat_options
 from asyncrl.topology.plan import generator_credit
 from asyncrl.topology.plugins import load_checked
+
+FETCH_AGAIN_S = 5.0
+"""How long a version whose bytes are bad is left alone before it is fetched again."""
 
 
 class GeneratorRole(DeskActor):
@@ -78,6 +82,13 @@ class GeneratorRole(DeskActor):
         """Samples and bytes handed in since the last credit."""
         self._room = asyncio.Event()
         self._pause_s: float | None = None
+        self._load_s: float | None = None
+        self._digest = ""
+        """Of the version it serves."""
+        self._refused = ""
+        """Why it does not serve the announced version."""
+        self._failures = 0
+        """Versions that could not be served, each attempt counted."""
 
     @property
     def engine(self) -> Engine:
@@ -250,16 +261,22 @@ class GeneratorRole(DeskActor):
             if (manifest.version, manifest.incarnation) == self.version:
                 continue
             self._moved.clear()
-            swapped = await self.swapper.swap(
-                self.engine, manifest, is_newest=lambda m: m is self._announced, moved=self._moved
-            )
+            try:
+                swapped = await self.swapper.swap(
+                    self.engine, manifest, is_newest=lambda m: m is self._announced, moved=self._moved
+                )
+            except WeightsError as error:
+                await self._refuse(error)
+                continue
             if swapped is None:
                 continue  # retired while we were fetching it, or to be had elsewhere: there is news
+            self._refused = ""
             first = self.version[0] < 0
             if first:
                 await session.warm_up(self.engine)
             self.version = (manifest.version, manifest.incarnation)
-            self._pause_s = swapped.pause_s
+            self._digest = manifest.digest
+            self._pause_s, self._load_s = swapped.pause_s, time.monotonic() - self._announced_at
             room = (self.capacity, self.table.max_bytes) if first else (0, 0)
             await self.say((swapped, ()), (self._credit_message(*room), ()))
             self.metrics.write(push_metrics(swapped, manifest))
@@ -273,6 +290,22 @@ class GeneratorRole(DeskActor):
                 seconds=swapped.transfer_s,
                 pause_s=swapped.pause_s,
             )
+
+    async def _refuse(self, error: WeightsError) -> None:
+        """Bytes that are not what was announced: what it serves stays, and the version is fetched again.
+
+        Dying would not mend them: they stay bad until they are fetched well, or the next version is there.
+        """
+        if self._refused != str(error):
+            self._refused = str(error)
+            self.log.error("version refused", reason=self._refused)
+            await self.tell(NoteUpdate(text=f"{self.name} does not serve what it was sent: {self._refused}"))
+        self._failures += 1
+        self.metrics.write({"push/failures": self._failures})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FETCH_AGAIN_S):
+                await self._news.wait()
+        self._news.set()
 
     # The end.
 
@@ -288,8 +321,23 @@ class GeneratorRole(DeskActor):
     def member(self) -> MemberUpdate:
         tokens = self._engine.statistics().generated_tokens if self._engine is not None else 0
         return msgspec.structs.replace(
-            super().member(), version=self.version[0], generated_tokens=tokens, push_pause_s=self._pause_s
+            super().member(),
+            version=self.version[0],
+            generated_tokens=tokens,
+            push_pause_s=self._pause_s,
+            digest=self._digest,
+            held=self._held,
+            load_s=self._load_s,
+            loading_s=self._loading_s(),
+            problem=self._refused,
         )
+
+    def _loading_s(self) -> float:
+        """Since a version was announced that it does not serve yet."""
+        news = self._announced
+        if news is None or (news.version, news.incarnation) == self.version:
+            return 0.0
+        return time.monotonic() - self._announced_at
 
     def vitals(self) -> Facts:
         facts = msgspec.structs.replace(
@@ -298,8 +346,7 @@ class GeneratorRole(DeskActor):
         news = self._announced
         if news is None or (news.version, news.incarnation) == self.version:
             return facts
-        since = time.monotonic() - self._announced_at
-        return msgspec.structs.replace(facts, announced=news.version, announced_s=since)
+        return msgspec.structs.replace(facts, announced=news.version, announced_s=self._loading_s())
 
     async def close(self) -> None:
         if self._engine is not None:

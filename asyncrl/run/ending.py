@@ -105,6 +105,7 @@ def summarise(
         num_samples=_trained_samples(records),
         generated_tokens=figures.received_tokens,
         trained_tokens=figures.trained_tokens,
+        fleet=session.supervisor.watch.in_words() if session.supervisor is not None else "",
         lengths=in_words(of_records(records.db)),
         tokens_dropped=tokens_dropped(records.totals()),
         num_failed=records.totals().get("settled.failed.groups", 0),

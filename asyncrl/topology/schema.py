@@ -42,14 +42,28 @@ class RunConfig(Table, frozen=True, kw_only=True):
     num_rollout: int | None = None
     """Rollout steps to train. None: computed from `source.num_epoch`. When both are set, this one wins."""
     heartbeat_s: float = 1.0
-    """Every process reports this often; a worker silent for `dead_after_s` loses its leases."""
+    """Every process reports this often: after three reports that did not come it is a suspect, after
+    `dead_after_s` of silence a worker loses its leases. Seconds."""
     dead_after_s: float = 5.0
     """Silence after which a worker counts as dead: its leases go to others, and where the run started the
     process it is killed and started again. Seconds."""
     stall_s: float = 300.0
     """No rollout step for so long stops the run with a report of who waits for what. Seconds."""
     max_restarts: int = 5
-    """How often the supervisor restarts one process before the run fails (back-off doubles from 0.2 s)."""
+    """How often the supervisor starts one process again before the run fails. The wait before each doubles
+    from 0.2 s up to 30 s. What does not count: a process that was killed for being slow, deaths that were a
+    sample's doing (it ended a worker again when it was leased alone), and deaths before a life that was
+    healthy for `restart_window_s`. Finding such a sample takes `rollout.max_attempts` deaths, so keep it at
+    least as large."""
+    restart_window_s: float = 600.0
+    """A process that was healthy for so long may be started `max_restarts` times again. Seconds."""
+    slow_after_s: float | None = None
+    """A generator that is slow for so long (against the median of the others: tokens per second, or loading
+    weights; or its event loop stands still again and again) is killed and started again. None: it is shown
+    as a suspect and left alone. Seconds."""
+    max_slow_kills: float = 0.25
+    """At most this share of the generators (but at least one) is killed for being slow within
+    `restart_window_s`. When more are slow, the cause is one that they share, and none is killed."""
     custom_config_path: str | None = None
     """YAML whose keys become attributes of the `args` that hooks receive (slime: --custom-config-path)."""
 

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from asyncrl.actor.roster import POLICY, ROLES, Ending, Fate, MemberState, Roster, State, ending_of
+from asyncrl.actor.health import State
+from asyncrl.actor.roster import POLICY, ROLES, Ending, Fate, MemberState, Roster, ending_of
 from asyncrl.errors import AsyncrlError, ConfigError, DataError, NumericsError, PluginError, RunError
 
 ENDS = {
@@ -45,7 +46,7 @@ def test_what_follows_an_end(role: str, ending: Ending) -> None:
     member = roster.join(role, role, "a")
     assert ended(roster, member, ending) is hand_written[ending]
     restarts = hand_written[ending] is Fate.RESTART
-    assert member.state is (State.RESTARTING if restarts else State.GONE)
+    assert member.state is (State.RESTARTING if restarts else State.RETIRED)
     # The budget belongs to the name, not to the life.
     if restarts:
         assert ended(roster, roster.join(role, role, "b"), ending) is Fate.RESTART
@@ -59,7 +60,7 @@ def test_an_end_that_was_asked_for_is_expected(ending: Ending) -> None:
     roster = Roster(max_restarts=2)
     attached = roster.join("far", "generator", "a", attached=True)
     leaving = roster.join("near", "generator", "b")
-    leaving.state = State.LEAVING
+    leaving.leaving = True
     assert ended(roster, attached, ending) is Fate.EXPECTED
     assert ended(roster, leaving, ending) is Fate.EXPECTED
     member = roster.join("buffer", "buffer", "c")
@@ -76,7 +77,7 @@ def test_which_errors_another_try_would_repeat() -> None:
 
 def silent(roster: Roster, now: float) -> list[str]:
     """Names of the silent, looked for every half second."""
-    found = roster.silent(now, every_s=0.5, dead_after_s=3.0, start_s=100.0)
+    found = roster.silent(now, every_s=0.5, heartbeat_s=0.5, dead_after_s=3.0, start_s=100.0)
     return [member.name for member, _ in found]
 
 
@@ -90,14 +91,62 @@ def test_only_silence_beyond_the_limit_counts() -> None:
     roster.heard("far", 50.0)
     looks = {now / 2: silent(roster, now / 2) for now in range(100, 108)}
     assert [now for now, names in looks.items() if names] == [53.5], looks
+    # A report that was under way when it was killed brings nobody back.
+    member = roster.members["g"]
     roster.heard("g", 53.6)
+    member.health.report(53.6, verified=True)
+    assert member.state is State.DEAD
     assert silent(roster, 54.0) == []
+
+
+def test_three_missed_reports_make_a_suspect_and_an_attached_one_is_never_killed() -> None:
+    roster = Roster(max_restarts=1)
+    members = [roster.join(name, "generator", "a", attached=name == "far") for name in ("near", "far")]
+    for member in members:
+        roster.heard(member.name, 1.0)
+        member.health.report(1.0, verified=True)
+    assert silent(roster, 2.0) == []
+    assert [m.state for m in members] == [State.HEALTHY] * 2
+    assert silent(roster, 2.5) == []
+    assert [m.state for m in members] == [State.SUSPECT] * 2
+    assert [silent(roster, now) for now in (3.0, 3.5, 4.0, 4.5, 5.0)] == [[], [], [], ["near"], []]
+    assert [m.state for m in members] == [State.DEAD, State.SUSPECT]
+
+
+def test_the_next_life_of_a_retired_name_is_another_member() -> None:
+    roster = Roster(max_restarts=1)
+    first = roster.join("g", "generator", "a")
+    assert ended(roster, first, Ending.SIGNAL) is Fate.RESTART
+    second = roster.join("g", "generator", "b")
+    assert second.health is first.health
+    assert (second.state, second.restarts) == (State.STALE, 1)
+    second.leaving = True
+    ended(roster, second, Ending.FINISHED)
+    third = roster.join("g", "generator", "c")
+    assert (second.state, third.state, third.restarts) == (State.RETIRED, State.STALE, 0)
+
+
+def test_a_death_is_counted_by_reason_and_one_that_we_caused_costs_nothing() -> None:
+    roster = Roster(max_restarts=1, restart_window_s=100.0)
+    for number in range(3):
+        member = roster.join("g", "generator", f"slow{number}", now=0.0)
+        member.killed_for, member.killed_by_us = "slowness", True
+        assert ended(roster, member, Ending.SIGNAL) is Fate.RESTART
+    assert ended(roster, roster.join("g", "generator", "a"), Ending.FAILED) is Fate.RESTART
+    assert roster.acquit({"a"}) == [roster.members["g"]]
+    assert ended(roster, roster.join("g", "generator", "b"), Ending.SIGNAL) is Fate.RESTART
+    well = roster.join("g", "generator", "c", now=0.0)
+    well.health.report(1.0, verified=True)
+    assert roster.ended(well, -9, now=101.0) is Fate.RESTART
+    last = roster.join("g", "generator", "d")
+    assert ended(roster, last, Ending.SIGNAL) is Fate.FAIL
+    assert last.budget.deaths == {"slowness": 3, "exit code 1": 1, "signal 9": 3}
 
 
 def test_one_that_never_reports_is_given_up_after_its_start_deadline() -> None:
     roster = Roster(max_restarts=1)
     roster.join("g", "generator", "a", now=0.0)
-    assert [n for n in range(220) if silent(roster, n / 2)] == list(range(201, 220))
+    assert [n for n in range(220) if silent(roster, n / 2)] == [201], "once"
 
 
 def test_one_that_said_goodbye_may_clean_up_in_silence() -> None:
@@ -105,6 +154,7 @@ def test_one_that_said_goodbye_may_clean_up_in_silence() -> None:
     member = roster.join("g", "generator", "a", now=0.0)
     roster.heard("g", 1.0)
     member.said_why = True
+    member.health.report(1.0, verified=True)
     assert [silent(roster, n / 2) for n in range(40)] == [[]] * 40
 
 
@@ -115,4 +165,4 @@ def test_the_time_in_which_the_supervisor_stood_still_is_not_charged() -> None:
     assert silent(roster, 1.0) == []
     # Ten seconds without a look: it was the supervisor that was stopped, for nine more than usual.
     assert silent(roster, 11.0) == []
-    assert [n for n in range(22, 32) if silent(roster, n / 2)] == [26, 27, 28, 29, 30, 31]
+    assert [n for n in range(22, 32) if silent(roster, n / 2)] == [26]
