@@ -14,7 +14,7 @@ from asyncrl.errors import StalledError
 from asyncrl.obs.metrics import Waits
 
 WATCHDOG_S = 30.0
-"""What a deadline adds to `run.stall_s`: within it the supervisor has examined everybody and ended the run."""
+"""What a deadline adds to `run.stall_s`: by then the supervisor has examined everybody and ended the run."""
 
 
 @asynccontextmanager

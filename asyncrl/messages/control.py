@@ -27,6 +27,8 @@ class Kind(StrEnum):
     SCORE = "score"
     FILTER = "filter"
     TRAIN = "train"
+    EVALUATE = "evaluate"
+    """Finished evaluations, of which only bytes are counted."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -124,7 +126,7 @@ class Want(Message, frozen=True, kw_only=True):
 
     kind: Kind
     samples: Count
-    """Samples (batches, for TRAIN)."""
+    """Samples (batches, for TRAIN; none, for EVALUATE)."""
     num_bytes: Count = 0
     """Body bytes; given back with the same message when bodies have been taken in."""
     version: CountOrNone = -1

@@ -109,11 +109,21 @@ def test_a_batch_is_the_same_to_the_byte_when_it_is_delivered_again(store: Store
 
 
 @pytest.mark.usefixtures("one_group_each")
-def test_evaluations_need_no_credit_and_an_empty_one_is_told_too(store: Store) -> None:
-    courier = Courier(store, window_bytes=0)
+def test_an_evaluation_leaves_within_its_own_window_and_an_empty_one_is_told_too(store: Store) -> None:
+    """An evaluator that takes nothing in is sent no more than its window, and keeps no batch waiting."""
+    courier = Courier(store, window_bytes=1)
     courier.queue_evaluation(b"e", 2, 1)
-    told = [item.message for item, _ in courier.take()]
-    assert [(m.part, m.num_parts) for m in told if isinstance(m, Evaluated)] == [(0, 2), (1, 2)]
+    ((item, frames),) = courier.take()
+    assert isinstance(item.message, Evaluated)
+    assert (item.message.part, item.message.num_parts) == (0, 2)
+    assert not courier.has_work
+    courier.queue_batch(b"t", 0)
+    assert [part.part for _, part, _ in parts(courier)] == [0]
+    courier.credit(sum(map(len, frames)), peer=b"e")
+    ((item, frames),) = courier.take()
+    assert isinstance(item.message, Evaluated)
+    assert item.message.part == 1
+    # What was not given back when the next one is due was lost with a connection.
     courier.queue_evaluation(b"e", 77, 1)
     ((item, frames),) = courier.take()
     assert isinstance(item.message, Evaluated)
