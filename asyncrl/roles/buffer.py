@@ -91,7 +91,7 @@ class BufferRole(Actor):
         self._told_end = False
         self._starving = ""
         self._came: list[bytes] = []
-        """Trainers and evaluators that came since the last commit: what was on its way to them is not for now."""
+        """Who came since the last commit and is delivered to: what was on its way to them is not for now."""
         self._free_bytes = 0
 
     @property

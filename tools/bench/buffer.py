@@ -153,10 +153,10 @@ async def measure(options: Options, *, tokens: int, batches: int, attempt: int) 
     profile = options.work / f"profile-{tokens}-{attempt}.txt" if options.profile else None
     generator, trainer = Generator(bodies), Trainer(bodies)
     peers = [trainer, Source(bodies), Reward(bodies), generator]
-    async with asyncio.timeout(DEADLINE_S), _buffer(directory, batches, profile) as (child, address):
+    async with asyncio.timeout(DEADLINE_S), serving(directory, plan(batches), profile) as (child, address):
         pid = child.pid
         rss = [rss_mib(pid)]
-        async with _joined(peers, address, child):
+        async with joined(peers, address, child):
             await trainer.reached(SKIP)
             began, cpu = len(trainer.trained), cpu_s(pid)
             await trainer.reached(max(SKIP, batches // 10))
@@ -178,7 +178,7 @@ async def measure(options: Options, *, tokens: int, batches: int, attempt: int) 
 
 
 @contextlib.asynccontextmanager
-async def _joined(peers: Sequence[Peer], address: str, child: Process) -> AsyncIterator[None]:
+async def joined(peers: Sequence[Peer], address: str, child: Process) -> AsyncIterator[None]:
     """The peers at work; an error of one of them, or the buffer's end, ends the block."""
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -201,12 +201,14 @@ async def _alive(child: Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _buffer(directory: Path, batches: int, profile: Path | None) -> AsyncIterator[tuple[Process, str]]:
+async def serving(
+    directory: Path, plan: Plan, profile: Path | None = None
+) -> AsyncIterator[tuple[Process, str]]:
     """A buffer process and its address. We are its supervisor."""
     log = directory / "attempt-001" / "log"
     for folder in (log, directory / "metrics"):
         folder.mkdir(parents=True)
-    (directory / "plan.json").write_bytes(msgspec.json.encode(plan(batches)))
+    (directory / "plan.json").write_bytes(msgspec.json.encode(plan))
     control = bind("tcp://127.0.0.1:0", receives=ToSupervisor)
     arguments = [
         *(["--profile", str(profile)] if profile else []), str(directory), "buffer", "--attempt-dir",
