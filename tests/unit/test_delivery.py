@@ -10,10 +10,12 @@ from ledger_world import Setup, World
 
 from asyncrl.buffer import delivery
 from asyncrl.buffer.config import LedgerConfig
-from asyncrl.buffer.delivery import Courier
+from asyncrl.buffer.delivery import Courier, in_pieces
+from asyncrl.buffer.states import Outgoing
 from asyncrl.buffer.store import Store
-from asyncrl.messages.control import BatchPart, Evaluated
-from asyncrl.messages.parts import unpack
+from asyncrl.messages.control import BatchPart, Evaluated, Kind, Lease, Leases
+from asyncrl.messages.parts import GroupParts, unpack
+from asyncrl.messages.sample import Status
 
 CONFIG = LedgerConfig(batch_size=3, max_staleness=1, tickets=6, num_rollout=2, evaluates=True)
 
@@ -139,3 +141,27 @@ def test_forget_frees_the_window_of_the_one_who_left(store: Store) -> None:
     assert not courier.has_work
     courier.queue_batch(b"t", 1)
     assert len(parts(courier)) == 1
+
+
+def lease(fence: int, *, segments: int) -> Lease:
+    """Work on one sample that has so many segments."""
+    parts = GroupParts(group_id=fence, indices=[0], statuses=[Status.PENDING], segments=[segments])
+    return Lease(fence=fence, kind=Kind.GENERATE, parts=parts)
+
+
+def test_leases_with_many_frames_leave_as_several_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a worker's credit may exceed what a link takes: the desk would end by its own message."""
+    monkeypatch.setattr(delivery, "MAX_FRAMES", 6)
+    monkeypatch.setattr(delivery, "PIECE_BYTES", 100)
+    counts = [2, 1, 0, 9, 1]
+    leases = [lease(fence, segments=count) for fence, count in enumerate(counts)]
+    frames = [f"{fence}.{n}".encode() for fence, count in enumerate(counts) for n in range(1 + count)]
+    pieces = list(in_pieces(Outgoing(b"g", Leases(leases=leases), []), frames))
+    fences = [[x.fence for x in item.message.leases] for item, _ in pieces]  # type: ignore[attr-defined]
+    assert fences == [[0, 1, 2], [3], [4]], "a lease is never split"
+    assert [frame for _, own in pieces for frame in own] == frames
+    assert [len(own) for _, own in pieces] == [6, 10, 2]
+    large = [b"x" * 60, b"", b"x" * 60, b""]
+    two = Outgoing(b"g", Leases(leases=[lease(0, segments=1), lease(1, segments=1)]), [])
+    assert [len(own) for _, own in in_pieces(two, large)] == [2, 2]
+    assert list(in_pieces(two, [b""] * 4)) == [(two, [b""] * 4)]
