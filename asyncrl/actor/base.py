@@ -107,6 +107,8 @@ class Actor:
         self.name = context.name
         self.plan = context.plan
         self.waits = context.waits
+        self.side_waits = Waits()
+        """Of loops beside the one whose time is measured: they have names, but are no idleness of its."""
         self.log = structlog.stdlib.get_logger().bind(actor=context.name)
         self.state = "starting"
         self.gauges: dict[str, float] = {}
@@ -170,6 +172,7 @@ class Actor:
             uptime_s=self.waits.wall_s(),
             loop_lag_s=self._lag.worst_s,
             waits=waits_of(self.waits.now(), clock=time.monotonic()),
+            side_waits=waits_of(self.side_waits.now(), clock=time.monotonic()),
             gauges=dict(self.gauges),
             queues=queues_of(self),
             events=events_of(self),

@@ -40,6 +40,7 @@ WANTS = {
     Kind.SCORE: "reward",
     Kind.FILTER: "reward",
     Kind.TRAIN: "trainer",
+    Kind.EVALUATE: "evaluator",
 }
 """Who may ask for what."""
 

@@ -15,7 +15,11 @@ import msgspec
 from asyncrl.data.jsonl import LineError, Row
 from asyncrl.data.tokenizer import Tokenizer
 from asyncrl.errors import DataError
+from asyncrl.messages.codec import MiB
 from asyncrl.messages.sample import Prompt, pack_tokens
+
+MAX_PROMPT_BYTES = 16 * MiB
+"""Of an encoded prompt: it travels with every lease of its samples. A million tokens with their text fit."""
 
 
 class PromptSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,9 +60,12 @@ class PromptBuilder:
     def problem(self, row: Row) -> str | None:
         """Why `row` can never be a prompt, or None. Cheap (no tokenising): for `JsonlIndex.build`."""
         try:
-            _encodable("prompt", self._input(row))
-            _encodable("label", self._label(row))
-            _encodable("metadata", self._metadata(row))
+            sizes = {
+                "prompt": _encodable("prompt", self._input(row)),
+                "label": _encodable("label", self._label(row)),
+                "metadata": _encodable("metadata", self._metadata(row)),
+            }
+            _check_size(sum(sizes.values()), max(sizes, key=lambda name: sizes[name]))
         except LineError as error:
             return str(error)
         return None
@@ -106,7 +113,7 @@ class PromptBuilder:
         limit = self.spec.rollout_max_prompt_len
         if limit is not None and len(ids) > limit:
             return None
-        return Prompt(
+        prompt = Prompt(
             tokens=pack_tokens(ids),
             text=text,
             messages=messages,
@@ -114,6 +121,8 @@ class PromptBuilder:
             metadata=metadata,
             dataset=self.dataset,
         )
+        _check_size(len(msgspec.msgpack.encode(prompt)), f"{len(ids)} tokens")
+        return prompt
 
     def _render(self, messages: list[dict[str, Any]], *, tools: Any) -> str:
         try:
@@ -180,10 +189,19 @@ def _tools(value: Any, key: str | None) -> list[Any]:
     return value
 
 
-def _encodable(name: str, value: Any) -> None:
-    """Refuses what no message can carry: lone surrogates, integers over 64 bits, objects of foreign types."""
+def _check_size(size: int, most: str) -> None:
+    """Refuses a prompt that no message should carry; `most` is what takes the most of it."""
+    if size > MAX_PROMPT_BYTES:
+        raise LineError(
+            f"the prompt has {size} bytes with its label and metadata (most in its {most}); at most "
+            f"{MAX_PROMPT_BYTES} are allowed; put what is large into a file, and its name here"
+        )
+
+
+def _encodable(name: str, value: Any) -> int:
+    """Its size on the wire. Refuses what cannot travel: lone surrogates, huge integers, foreign objects."""
     try:
-        msgspec.msgpack.encode(value)
+        return len(msgspec.msgpack.encode(value))
     except UnicodeEncodeError:
         raise LineError(f"{name}: it holds half a surrogate pair, which is no character") from None
     except OverflowError:

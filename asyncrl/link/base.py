@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from asyncrl.errors import RunError
-from asyncrl.messages.codec import Body, SizeLimits
+from asyncrl.messages.codec import Body, MiB, SizeLimits
 
 OnMalformed = Callable[[bytes, str], None]
 """Called on the loop with a peer's identity and what was wrong with its message."""
@@ -31,6 +31,8 @@ class Limits(SizeLimits, frozen=True, kw_only=True):
 
     max_queued: int = 256
     """Received messages that wait for `recv`; then the reader stops reading."""
+    max_queued_bytes: int = 64 * MiB
+    """And how much they weigh at most; one that is larger passes when nothing else waits."""
     max_unread: int = 1000
     """Sent messages that one peer has not read (ZeroMQ's high-water mark): a fuse, as credits bound it."""
     max_malformed: int = 8

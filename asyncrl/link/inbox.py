@@ -2,6 +2,7 @@
 
 Unlike `asyncio.Queue` it can fail: whoever waits then, on either side, gets the error at once. What was
 queued before the failure is still handed out first. Getting is atomic: a cancelled `get` has taken nothing.
+It is bounded in deliveries and in bytes; one that is larger than the bound passes when nothing is queued.
 """
 
 from __future__ import annotations
@@ -13,34 +14,38 @@ from asyncrl.link.base import Delivery
 
 
 class Inbox:
-    """At most `capacity` deliveries; putters wait for room, getters for deliveries."""
+    """At most `capacity` deliveries and `max_bytes`; putters wait for room, getters for deliveries."""
 
-    def __init__(self, *, capacity: int) -> None:
+    def __init__(self, *, capacity: int, max_bytes: int) -> None:
         self.capacity = capacity
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        """Of what is queued: its bodies, and its headers where they came as bytes."""
         self.peak = 0
-        self._items: deque[Delivery] = deque()
+        self._items: deque[tuple[Delivery, int]] = deque()
         self._error: BaseException | None = None
         self._waiters: list[asyncio.Future[None]] = []
 
     def __len__(self) -> int:
         return len(self._items)
 
-    @property
-    def full(self) -> bool:
-        """Whether a put would wait."""
-        return len(self._items) >= self.capacity
+    def takes(self, size: int) -> bool:
+        """Whether a delivery of so many bytes may be put now."""
+        fits = self.num_bytes + size <= self.max_bytes or not self._items
+        return fits and len(self._items) < self.capacity
 
-    async def put(self, item: Delivery) -> None:
-        """Append, after waiting for room. Raises the error given to `fail`."""
-        while self.full:
+    async def put(self, item: Delivery, *, size: int) -> None:
+        """Append a delivery of `size` bytes, after waiting for room. Raises the error given to `fail`."""
+        while not self.takes(size):
             self.check()
             await self.change()
-        self.put_nowait(item)
+        self.put_nowait(item, size=size)
 
-    def put_nowait(self, item: Delivery) -> None:
-        """Append without regard to the capacity. Raises the error given to `fail`."""
+    def put_nowait(self, item: Delivery, *, size: int) -> None:
+        """Append without regard to the bounds. Raises the error given to `fail`."""
         self.check()
-        self._items.append(item)
+        self._items.append((item, size))
+        self.num_bytes += size
         self.peak = max(self.peak, len(self._items))
         self.wake()
 
@@ -49,7 +54,8 @@ class Inbox:
         while not self._items:
             self.check()
             await self.change()
-        item = self._items.popleft()
+        item, size = self._items.popleft()
+        self.num_bytes -= size
         self.wake()
         return item
 

@@ -8,6 +8,7 @@ connect before the server is there and survives its restart; what a closed end h
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from asyncrl.errors import ConfigError, ProtocolError
 from asyncrl.link.base import Delivery, Limits, LinkClosed, LinkStatistics, OnMalformed, PeerGone
 from asyncrl.link.inbox import Inbox
 from asyncrl.link.screen import Screen
-from asyncrl.messages.codec import Body
+from asyncrl.messages.codec import Body, num_bytes
 
 
 class Hub:
@@ -35,9 +36,13 @@ class _Endpoint:
     """Where a server and its clients meet."""
 
     def __init__(self, limits: Limits) -> None:
-        self.mail = Inbox(capacity=limits.max_queued)
+        self.mail = _inbox(limits)
         self.is_bound = False
         self.clients: dict[bytes, MemoryClient] = {}
+
+
+def _inbox(limits: Limits) -> Inbox:
+    return Inbox(capacity=limits.max_queued, max_bytes=limits.max_queued_bytes)
 
 
 class MemoryServer:
@@ -57,7 +62,7 @@ class MemoryServer:
             )
         self._endpoint.is_bound = True
         self._mail = self._endpoint.mail
-        self._mail.capacity = limits.max_queued
+        self._mail.capacity, self._mail.max_bytes = limits.max_queued, limits.max_queued_bytes
 
     async def recv(self) -> Delivery:
         """See `asyncrl.link.base`."""
@@ -88,7 +93,7 @@ class MemoryServer:
     async def close(self, *, linger_s: float = 1.0) -> None:  # noqa: ARG002 - nothing is ever under way here
         """See `asyncrl.link.base`."""
         if self._endpoint.mail is self._mail:
-            self._endpoint.mail = Inbox(capacity=self._limits.max_queued)
+            self._endpoint.mail = _inbox(self._limits)
             self._endpoint.is_bound = False
         self._mail.fail(LinkClosed(f"{self.address}: this end of the link is closed"))
 
@@ -113,15 +118,17 @@ class MemoryClient:
         self._endpoint = hub.endpoint(address, limits=limits)
         # An identity that connects again takes over, as with ROUTER_HANDOVER.
         self._endpoint.clients[identity] = self
-        self._inbox = Inbox(capacity=limits.max_unread)
+        # Bounded in messages alone, as a server's send never waits: what it sends is bounded by credits.
+        self._inbox = Inbox(capacity=limits.max_unread, max_bytes=sys.maxsize)
 
     def hand_over(self, delivery: Delivery) -> None:
         """Take a message from the server. Raises PeerGone where too many are unread."""
-        if self._inbox.full:
+        size = num_bytes(*delivery.frames)
+        if not self._inbox.takes(size):
             raise PeerGone(
                 f"{self.address}: peer {self._identity!r} left {self._inbox.capacity} messages unread"
             )
-        self._inbox.put_nowait(delivery)
+        self._inbox.put_nowait(delivery, size=size)
 
     async def recv(self) -> Delivery:
         """See `asyncrl.link.base`."""
@@ -138,11 +145,13 @@ class MemoryClient:
         """See `asyncrl.link.base`."""
         self._screen.check_outgoing(message, frames)
         self._inbox.check()
-        while self._endpoint.mail.full:
+        size = num_bytes(*frames)
+        while not self._endpoint.mail.takes(size):
             await self._endpoint.mail.change()
             self._inbox.check()
         # The mail is looked up after every wait: a restarted server has a new one.
-        self._endpoint.mail.put_nowait(Delivery(self._identity, message, [*frames]))  # type: ignore[list-item]
+        mail = self._endpoint.mail
+        mail.put_nowait(Delivery(self._identity, message, [*frames]), size=size)  # type: ignore[list-item]
         self._screen.count_sent(frames)
 
     def statistics(self) -> LinkStatistics:

@@ -24,7 +24,7 @@ from asyncrl.link.base import Delivery, Limits, LinkClosed, LinkStatistics, OnMa
 from asyncrl.link.inbox import Inbox
 from asyncrl.link.screen import Screen
 from asyncrl.link.security import Doorkeeper, Key, arm_client, arm_server
-from asyncrl.messages.codec import Body
+from asyncrl.messages.codec import Body, num_bytes
 
 _HEARTBEAT_INTERVAL_MS = 2_000
 _HEARTBEAT_TIMEOUT_MS = 10_000
@@ -62,7 +62,7 @@ class _SocketLink:
         self.address = address
         self._limits = limits
         self._screen = Screen(receives, limits=limits, on_malformed=on_malformed)
-        self._inbox = Inbox(capacity=limits.max_queued)
+        self._inbox = Inbox(capacity=limits.max_queued, max_bytes=limits.max_queued_bytes)
         self._tasks: list[asyncio.Task[None]] = []
         self._closed: asyncio.Future[None] | None = None
         self._doorkeeper: Doorkeeper | None = None
@@ -137,9 +137,10 @@ class _SocketLink:
     async def _read(self) -> None:
         """consumes: the socket. waits for: messages, room in the inbox. unblocked by: `recv`."""
         while True:
-            delivery = self._screened(await self._socket.recv_multipart())
+            frames = await self._socket.recv_multipart()
+            delivery = self._screened(frames)
             if delivery is not None:
-                await self._inbox.put(delivery)
+                await self._inbox.put(delivery, size=num_bytes(*frames))
             else:
                 # A receive that is ready does not yield: a flood of rubbish would stop the loop.
                 await asyncio.sleep(0)

@@ -27,6 +27,8 @@ class Kind(StrEnum):
     SCORE = "score"
     FILTER = "filter"
     TRAIN = "train"
+    EVALUATE = "evaluate"
+    """Finished evaluations, of which only bytes are counted."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -124,8 +126,8 @@ class Want(Message, frozen=True, kw_only=True):
 
     kind: Kind
     samples: Change
-    """Samples (batches, for TRAIN). Below zero only after a further hello, by whoever holds more than it has
-    room for: a group larger than the worker, a body larger than its window."""
+    """Samples (batches, for TRAIN; none, for EVALUATE). Below zero only after a further hello, by whoever
+    holds more than it has room for: a group larger than the worker, a body larger than its window."""
     num_bytes: Change = 0
     """Body bytes; given back with the same message when bodies have been taken in. Below zero as above."""
     version: CountOrNone = -1

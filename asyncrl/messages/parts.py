@@ -66,12 +66,12 @@ def unpack(groups: Iterable[GroupParts], frames: Iterable[bytes]) -> list[list[S
 
 
 def leased_bytes(parts: GroupParts, frames: Iterator[bytes]) -> int:
-    """Takes a group's frames off `frames`; returns what a lease on them is charged: prompt and segments."""
+    """Takes a group's frames off `frames`; returns what a lease on them is charged, which is all of them."""
     total = len(_next(frames))
     for num_segments in parts.segments:
         total += sum(len(_next(frames)) for _ in range(num_segments))
         if parts.scored:
-            _next(frames)
+            total += len(_next(frames))
     return total
 
 

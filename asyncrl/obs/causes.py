@@ -34,6 +34,8 @@ WAITS = {
     "need": "the buffer to want prompts",
     "welcome": "the buffer's welcome",
     "checkpoint": "the buffer to commit a checkpoint",
+    "push": "the version before to be written",
+    "finish": "the buffer to end the run",
     "disk": "the disk",
     "event": "anything to do",
     "evaluation": "an evaluation",

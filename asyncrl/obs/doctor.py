@@ -96,6 +96,8 @@ def _member(member: Member) -> str:
 def _state(facts: Facts) -> Iterator[str]:
     waits = [f"{WAITS.get(w.name, w.name)} {duration(w.seconds)}" for w in facts.waits]
     yield f"waits for {', '.join(waits)}" if waits else "busy"
+    if facts.side_waits:
+        yield "beside it: " + ", ".join(f"{w.name} {duration(w.seconds)}" for w in facts.side_waits)
     if facts.capacity or facts.held:
         yield f"holds {facts.held} of {facts.capacity}"
     if facts.version is not None:

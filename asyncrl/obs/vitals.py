@@ -104,6 +104,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     """The longest the event loop stood still, lately."""
     waits: list[Wait] = []
     """The longest first; empty while it computes."""
+    side_waits: list[Wait] = []
+    """Of loops beside the one that works: most of them wait most of the time."""
     held: int = 0
     """Leased samples in hand."""
     capacity: int = 0

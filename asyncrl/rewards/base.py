@@ -15,12 +15,15 @@ from typing import Any
 import msgspec
 
 from asyncrl.errors import RewardError
+from asyncrl.messages.codec import MiB
 from asyncrl.messages.hooks import Args, HookSample, changed_metadata, hook_sample
 from asyncrl.messages.sample import Lane, Sample, Score, pack_logprobs
 from asyncrl.topology.plugins import is_plugin_path
 
 DEFAULT_TIMEOUT_S = 30.0
 """The topology's default for `reward.timeout_s`."""
+MAX_SCORE_BYTES = 8 * MiB
+"""Of an encoded score: the number, what a reward returned beside it, the metadata it added."""
 
 
 class RewardSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -149,7 +152,7 @@ def normalise(value: Any, sample: Sample, hook: HookSample, *, spec: RewardSpec)
         raise RewardError(f"{where}: returned {_shown(value)}; a finite number, a bool or a dict is allowed")
     teacher = _teacher_logprobs(hook.teacher_log_probs, sample, where)
     try:
-        return Score(
+        score = Score(
             reward=number,
             detail=plain(detail),
             remove_sample=bool(hook.remove_sample),
@@ -160,6 +163,13 @@ def normalise(value: Any, sample: Sample, hook: HookSample, *, spec: RewardSpec)
         raise RewardError(
             f"{where}: a returned dict or added metadata holds a value that cannot travel: {error}"
         ) from error
+    size = len(msgspec.msgpack.encode(score))
+    if size > MAX_SCORE_BYTES:
+        raise RewardError(
+            f"{where}: the score has {size} bytes with the returned dict and the metadata it added; at most "
+            f"{MAX_SCORE_BYTES} are allowed; return less, or write it to a file"
+        )
+    return score
 
 
 def _selected(value: Any, key: str | None, where: str) -> tuple[float | None, dict[str, Any] | None]:

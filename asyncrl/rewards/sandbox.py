@@ -24,6 +24,7 @@ import msgspec
 
 from asyncrl.errors import RewardError
 from asyncrl.messages.sample import Sample, Score
+from asyncrl.obs.metrics import Waits
 from asyncrl.rewards.base import DEFAULT_TIMEOUT_S, FailureKind, RewardFailure, RewardSpec, Verdict, name_of
 from asyncrl.rewards.process import Child, Loss
 from asyncrl.rewards.wire import Job, Reply
@@ -48,10 +49,12 @@ class Sandbox:
         name: str = "reward",
         start_timeout_s: float = START_TIMEOUT_S,
         on_output: Callable[[str], None] | None = None,
+        waits: Waits | None = None,
     ) -> None:
         """`timeout_s` bounds one call of the reward, `start_timeout_s` the imports before the first one.
 
-        `concurrency` is the number of children; `on_output` gets what user code writes to stdout and stderr.
+        `concurrency` is the number of children; `on_output` gets what user code writes to stdout and stderr;
+        waiting for a free child is charged to `waits`.
         """
         if timeout_s <= 0 or concurrency < 1:
             raise ValueError(
@@ -62,6 +65,7 @@ class Sandbox:
         self._start_timeout_s = start_timeout_s
         self._name = name
         self._on_output = on_output
+        self._waits = waits or Waits()
         self._concurrency = concurrency
         self._free: asyncio.Queue[Child | None] = asyncio.Queue()
         self._children: set[Child] = set()
@@ -151,7 +155,9 @@ class Sandbox:
     @contextlib.asynccontextmanager
     async def _child(self) -> AsyncIterator[Child]:
         """A living child for one message; one in an unknown state does not return to the pool."""
-        child = await self._free.get()
+        # Whoever has a child gives it back at its own deadline, so this ends by itself.
+        with self._waits("child"):
+            child = await self._free.get()
         try:
             if child is None or not child.is_alive:
                 if child is not None:

@@ -22,7 +22,7 @@ import msgspec
 from asyncrl.actor.base import SCHEMA, Actor, Context
 from asyncrl.buffer import deaths
 from asyncrl.buffer.config import ledger_config
-from asyncrl.buffer.delivery import Courier
+from asyncrl.buffer.delivery import Courier, in_pieces
 from asyncrl.buffer.desk import Desk
 from asyncrl.buffer.gate import check_hello
 from asyncrl.buffer.ledger import TICK_S, Ledger
@@ -56,6 +56,8 @@ SWITCH_S = 0.0005
 """Longest wait of one of the buffer's two threads for the other, in its own process."""
 MAX_WORKERS = 4096
 """Workers at the desk at once."""
+DELIVERED = (Kind.TRAIN, Kind.EVALUATE)
+"""Wants that give back bytes of what the courier delivers."""
 ONLY_ONE = ("source", "trainer", "evaluator")
 """Roles that a run has at most one actor of."""
 OLD = 2
@@ -89,7 +91,7 @@ class BufferRole(Actor):
         self._told_end = False
         self._starving = ""
         self._came: list[bytes] = []
-        """Trainers that said hello since the last commit: what was on its way to them was not for now."""
+        """Who came since the last commit and is delivered to: what was on its way to them is not for now."""
         self._free_bytes = 0
 
     @property
@@ -136,7 +138,7 @@ class BufferRole(Actor):
             self._changed.set()
 
     def _now(self) -> float:
-        """The time of an event: what the machine's clock shows, for records; silence has a clock of its own."""
+        """The time of an event: what the machine's clock shows. Silence has a clock of its own."""
         self.ledger.fleet.steady = time.monotonic()
         return time.time()
 
@@ -158,8 +160,8 @@ class BufferRole(Actor):
         except ProtocolError as error:
             await self._expel(worker, str(error), now)
             return
-        if isinstance(message, control.Want) and message.kind is Kind.TRAIN and self._courier is not None:
-            self._courier.credit(message.num_bytes)
+        if isinstance(message, control.Want) and message.kind in DELIVERED and self._courier is not None:
+            self._courier.credit(message.num_bytes, peer=peer)
 
     async def _expel(self, worker: WorkerRecord, reason: str, now: float) -> None:
         """It does not speak our language: what it holds goes to others, and it is told why."""
@@ -179,7 +181,7 @@ class BufferRole(Actor):
             await self._refuse(peer, f"hello refused: {problem}")
             return
         self.members.join(peer, hello, now)
-        if hello.role == "trainer":
+        if hello.role in {"trainer", "evaluator"}:
             self._came.append(peer)
 
     def _stranger(self, peer: bytes, hello: control.Hello) -> str:
@@ -331,7 +333,9 @@ class BufferRole(Actor):
             )
         if any(name == "checkpoint" for name, _ in transaction.rows):
             self._prune()
-        outgoing = [(item, self.store.read(item.bodies)) for item in transaction.sends]
+        outgoing = [
+            piece for item in transaction.sends for piece in in_pieces(item, self.store.read(item.bodies))
+        ]
         for peer, batch in transaction.deliver:
             self._courier.queue_batch(peer, batch)
         if evaluator is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor
 from asyncrl.actor.pieces import Pieces
-from asyncrl.messages.control import Evaluated, EvaluationSeen
+from asyncrl.messages.codec import num_bytes
+from asyncrl.messages.control import Evaluated, EvaluationSeen, Kind, Want
 from asyncrl.messages.parts import GroupParts, unpack
 from asyncrl.messages.sample import Sample, Status
 from asyncrl.obs.view import EvalUpdate
@@ -19,6 +20,15 @@ NUM_EXAMPLES = 3
 """Answers that are shown of each evaluation."""
 MAX_SHOWN = 80
 """Characters shown of a prompt and of an answer."""
+
+
+class Answer(NamedTuple):
+    """What an evaluation needs to know of an answer; bodies are let go of piece by piece."""
+
+    dataset: str
+    reward: float
+    num_tokens: int
+    truncated: bool
 
 
 class EvaluatorRole(DeskActor):
@@ -33,7 +43,9 @@ class EvaluatorRole(DeskActor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._parts: asyncio.Queue[tuple[Evaluated, list[bytes]]] = asyncio.Queue()
-        self._samples: list[Sample] = []
+        """Bounded by the window of this hop (`buffer.window_bytes`)."""
+        self._answers: list[Answer] = []
+        self._examples: list[str] = []
         self._seen = (-1, 0)
         """(version, incarnation) of the evaluation that was logged last."""
 
@@ -50,35 +62,48 @@ class EvaluatorRole(DeskActor):
         while True:
             with self.waits("evaluation"):
                 message, frames = await self._parts.get()
-            if not pieces.follows((message.version, message.incarnation), message.part):
-                continue
+            await self.send(Want(kind=Kind.EVALUATE, samples=0, num_bytes=num_bytes(*frames)))
+            key = (message.version, message.incarnation)
+            if not pieces.follows(key, message.part):
+                continue  # the piece before was lost with a connection: all of them come again
             if message.part == 0:
-                self._samples = []
-            self._samples += _flat(message.groups, frames)
+                self._answers, self._examples = [], []
+            self._take(message.groups, frames)
             if message.part + 1 == message.num_parts:
-                key = (message.version, message.incarnation)
                 if key != self._seen:  # else the desk died before it knew that we have seen it
                     await self._finish(*key)
-                self._samples, self._seen = [], key
+                self._answers, self._seen = [], key
                 await self.send(EvaluationSeen(version=key[0], incarnation=key[1]))
+
+    def _take(self, groups: list[GroupParts], frames: list[bytes]) -> None:
+        """Of each answer its numbers; tokens and texts are needed for the examples alone."""
+        for group in unpack(groups, frames):
+            for sample in group:
+                self._answers.append(
+                    Answer(
+                        sample.prompt.dataset,
+                        reward_of(sample),
+                        sample.num_tokens,
+                        sample.status is Status.TRUNCATED,
+                    )
+                )
+                if len(self._examples) < NUM_EXAMPLES:
+                    self._examples.append(example_text(sample))
 
     async def _finish(self, version: int, incarnation: int) -> None:
         values: dict[str, float] = {}
         rows: dict[str, float] = {}
-        for name in dict.fromkeys(sample.prompt.dataset for sample in self._samples):
-            samples = [sample for sample in self._samples if sample.prompt.dataset == name]
-            values[name] = statistics.fmean(reward_of(sample) for sample in samples)
-            rows |= eval_metrics(name, samples, version=version)
+        for name in dict.fromkeys(answer.dataset for answer in self._answers):
+            answers = [answer for answer in self._answers if answer.dataset == name]
+            values[name] = statistics.fmean(answer.reward for answer in answers)
+            rows |= eval_metrics(name, answers, version=version)
         self.metrics.write(rows, step=version)
         self.log.info("eval", version=version, incarnation=incarnation, **values)
-        examples = [example_text(sample) for sample in self._samples[:NUM_EXAMPLES]]
-        self.log.info("examples", version=version, examples=examples)
-        update = EvalUpdate(version=version, values=values, num_samples=len(self._samples), examples=examples)
+        self.log.info("examples", version=version, examples=self._examples)
+        update = EvalUpdate(
+            version=version, values=values, num_samples=len(self._answers), examples=self._examples
+        )
         await self.tell(update)
-
-
-def _flat(groups: list[GroupParts], frames: list[bytes]) -> list[Sample]:
-    return [sample for group in unpack(groups, frames) for sample in group]
 
 
 def example_text(sample: Sample) -> str:
@@ -93,17 +118,16 @@ def reward_of(sample: Sample) -> float:
     return sample.score.reward if sample.score is not None else 0.0
 
 
-def eval_metrics(name: str, samples: list[Sample], *, version: int) -> dict[str, float]:
+def eval_metrics(name: str, answers: list[Answer], *, version: int) -> dict[str, float]:
     """The eval/* numbers of one set, named as in slime."""
-    lengths = [sample.num_tokens for sample in samples]
-    truncated = sum(sample.status is Status.TRUNCATED for sample in samples)
+    lengths = [answer.num_tokens for answer in answers]
     return {
-        f"eval/{name}": statistics.fmean(reward_of(sample) for sample in samples),
-        f"eval/{name}-truncated_ratio": truncated / len(samples),
+        f"eval/{name}": statistics.fmean(answer.reward for answer in answers),
+        f"eval/{name}-truncated_ratio": sum(answer.truncated for answer in answers) / len(answers),
         f"eval/{name}/response_len/mean": statistics.fmean(lengths),
         f"eval/{name}/response_len/median": statistics.median(lengths),
         f"eval/{name}/response_len/max": max(lengths),
         f"eval/{name}/response_len/min": min(lengths),
-        f"eval/{name}/num_samples": len(samples),
+        f"eval/{name}/num_samples": len(answers),
         f"eval/{name}/version": version,
     }

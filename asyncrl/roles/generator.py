@@ -17,7 +17,8 @@ import msgspec
 
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
-from asyncrl.actor.reports import Outbox
+from asyncrl.actor.reports import Outbox, SampleReports
+from asyncrl.actor.waiting import WATCHDOG_S, awaiting
 from asyncrl.data.tokenizer import Tokenizer
 from asyncrl.engines import session
 from asyncrl.engines.base import Engine, GenerateRequest, OnNewWeights
@@ -54,7 +55,13 @@ class GeneratorRole(DeskActor):
         assert context.index is not None, "a generator has a table"
         self.table = self.plan.topology.generator[context.index]
         self.capacity = generator_credit(self.table)
-        self.outbox = Outbox(self.send)
+        self.outbox = Outbox(
+            self.send,
+            max_bytes=self.table.max_bytes,
+            name=self.name,
+            deadline_s=self.plan.topology.run.stall_s + WATCHDOG_S,
+            waits=self.side_waits,
+        )
         self.swapper = Swapper(
             mode=OnNewWeights(self.table.on_new_weights),
             deadline_s=self.plan.topology.weights.push_timeout_s,
@@ -184,7 +191,8 @@ class GeneratorRole(DeskActor):
         """consumes: leased samples    waits for: leases    produces: one task per sample"""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                job = await self._jobs.get()
+                with self.side_waits("sample"):
+                    job = await self._jobs.get()
                 tasks.create_task(self._sample(*job))
 
     async def _count_idle(self) -> None:
@@ -218,18 +226,21 @@ class GeneratorRole(DeskActor):
         self._freed = (self._freed[0] + 1, self._freed[1] + num_bytes)
         self._room.set()
 
-    async def _run(self, out: Any, request: GenerateRequest, sample: Sample) -> None:
+    async def _run(self, out: SampleReports, request: GenerateRequest, sample: Sample) -> None:
         if self._custom is not None and self._args is not None:
             piece = await session.generate_custom(self._custom, self.engine, request, sample, self._args)
             await out.report(*piece)
             return
         async for segment, status in session.generate(self.engine, request):
             await out.report(segment, status)
+            if out.failed:
+                self.engine.abort(request.uid)
 
     async def _credit(self) -> None:
         """consumes: freed room    waits for: samples to end    produces: one Want for all of it"""
         while True:
-            await self._room.wait()
+            with self.side_waits("room"):
+                await self._room.wait()
             self._room.clear()
             samples, num_bytes = self._freed
             self._freed = (0, 0)
@@ -254,7 +265,8 @@ class GeneratorRole(DeskActor):
     async def _swap(self) -> None:
         """consumes: announced versions    waits for: the trainer's pushes    produces: Swapped, credit"""
         while True:
-            await self._news.wait()
+            with self.side_waits("version"):
+                await self._news.wait()
             self._news.clear()
             manifest = self._announced
             assert manifest is not None, "news name a version"
@@ -273,7 +285,7 @@ class GeneratorRole(DeskActor):
             self._refused = ""
             first = self.version[0] < 0
             if first:
-                await session.warm_up(self.engine)
+                await self._warm_up()
             self.version = (manifest.version, manifest.incarnation)
             self._digest = manifest.digest
             self._pause_s, self._load_s = swapped.pause_s, time.monotonic() - self._announced_at
@@ -306,6 +318,17 @@ class GeneratorRole(DeskActor):
             async with asyncio.timeout(FETCH_AGAIN_S):
                 await self._news.wait()
         self._news.set()
+
+    async def _warm_up(self) -> None:
+        async with awaiting(
+            self.side_waits,
+            "engine",
+            who=self.name,
+            what="the first token of its engine",
+            deadline_s=self.plan.topology.run.stall_s,
+            advice="look at the engine's own log, or raise run.stall_s",
+        ):
+            await session.warm_up(self.engine)
 
     # The end.
 

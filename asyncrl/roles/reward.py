@@ -62,6 +62,7 @@ class RewardRole(DeskActor):
             concurrency=self.table.concurrency,
             name=self.name,
             on_output=lambda text: self.log.info("reward output", text=text),
+            waits=self.side_waits,
         )
         self._teacher = _teacher(self.plan, self.table)
         self._jobs: asyncio.Queue[tuple[Lease, list[Sample], int]] = asyncio.Queue()

@@ -15,12 +15,20 @@ from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.data.open import eval_sets, open_source
 from asyncrl.data.retries import Retries
 from asyncrl.data.source import EvalSet, PromptSource
+from asyncrl.errors import DataError
+from asyncrl.messages.codec import MiB, SizeLimits
 from asyncrl.messages.control import Issue, Issued, Need, Welcome
 from asyncrl.messages.parts import encode_body
 from asyncrl.messages.sample import Lane, Prompt
 
 CHUNK = 1024
 """Most groups in one message."""
+FIRST_CHUNK = 4
+"""And in the first one, while nobody knows how large the prompts are."""
+MESSAGE_BYTES = 8 * MiB
+"""Bodies of one message, unless its prompts are the largest so far."""
+MAX_EVALUATION_BYTES = 256 * MiB
+"""Prompts of all evaluation sets together: they are handed in at once."""
 
 
 class SourceRole(DeskActor):
@@ -41,6 +49,8 @@ class SourceRole(DeskActor):
         self._retries = Retries(context.run_dir)
         self._eval_sets: list[EvalSet] = []
         self._next_group = 0
+        self._largest = 0
+        """Bytes of the largest prompt so far; 0: nobody knows."""
         self._again: Welcome | None = None
         """A desk that knows less than we do: where to begin again, before anything else is handed in."""
 
@@ -93,7 +103,8 @@ class SourceRole(DeskActor):
         assert source is not None
         groups = await self._issue_again(source, groups)
         while groups > 0 and self._again is None:
-            count = min(groups, CHUNK)
+            fitting = MESSAGE_BYTES // self._largest if self._largest else FIRST_CHUNK
+            count = min(groups, CHUNK, max(1, fitting))
             prompts = await self.compute(functools.partial(source.next, count))
             cursor = self._retries.wrap(await self.compute(source.cursor))
             ended = len(prompts) < count or source.exhausted
@@ -116,9 +127,23 @@ class SourceRole(DeskActor):
         return groups - len(again)
 
     async def _issue_evaluation(self, version: int) -> None:
-        prompts = await self.compute(lambda: [p for s in self._eval_sets for p in s.prompts()])
+        prompts = await self.compute(self._evaluation_prompts)
         samples = self.plan.topology.eval.n_samples_per_eval_prompt
         await self._hand_in(Lane.EVAL, _bodies(prompts, samples=samples), ended=True, version=version)
+
+    def _evaluation_prompts(self) -> list[Prompt]:
+        """Raises DataError where they are more than one message takes."""
+        prompts, size, most = [], 0, SizeLimits().max_frames
+        for prompt in (p for s in self._eval_sets for p in s.prompts()):
+            prompts.append(prompt)
+            size += len(encode_body(prompt))
+            if len(prompts) > most or size > MAX_EVALUATION_BYTES:
+                raise DataError(
+                    f"eval.eval_prompt_data: all sets together may have {most} prompts and "
+                    f"{MAX_EVALUATION_BYTES} bytes; prompt {len(prompts)}, of {prompt.dataset}, is beyond "
+                    "that; evaluate fewer, as in file.jsonl@[0:1000]"
+                )
+        return prompts
 
     async def _hand_in(
         self, lane: Lane, prompts: Iterable[tuple[Issued, bytes]], *, ended: bool, cursor: bytes = b"",
@@ -130,6 +155,7 @@ class SourceRole(DeskActor):
         for prompt, frame in prompts:
             issued.append(prompt)
             frames.append(frame)
+            self._largest = max(self._largest, len(frame))
         first = self._next_group
         self._next_group += len(issued)
         await self.send(

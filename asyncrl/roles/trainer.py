@@ -15,6 +15,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import msgspec
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.actor.pieces import Pieces
+from asyncrl.actor.waiting import WATCHDOG_S, awaiting
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.messages.control import (
     BatchPart,
@@ -68,6 +70,8 @@ class TrainerRole(DeskActor):
             weights=self.trainer.backend.weights,
             send=self._promise,
             record=self._record,
+            waits=self.waits,
+            side_waits=self.side_waits,
             security=context.key,
             hub=context.hub,
         )
@@ -165,7 +169,8 @@ class TrainerRole(DeskActor):
         groups: list[list[Sample]] = []
         pieces = Pieces()
         while True:
-            part, frames = await self._parts.get()
+            with self.side_waits("part"):
+                part, frames = await self._parts.get()
             if not pieces.follows(part.batch, part.part):
                 await self._want(0, part.num_bytes)
                 continue
@@ -175,13 +180,13 @@ class TrainerRole(DeskActor):
             await self._want(0, part.num_bytes)
             if part.part + 1 == part.num_parts:
                 prepared = await asyncio.to_thread(self.trainer.prepare, groups)
-                await self._prepared.put((part.batch, part.recorded_digest, prepared))
+                with self.side_waits("training"):
+                    await self._prepared.put((part.batch, part.recorded_digest, prepared))
 
     async def _train(self) -> None:
         """consumes: prepared batches    waits for: "batch"    produces: Trained, versions, checkpoints"""
         while True:
-            with self.waits("batch"):
-                job = await self._next()
+            job = await self._next()
             if job is None:
                 break
             batch, recorded, prepared = job
@@ -195,7 +200,8 @@ class TrainerRole(DeskActor):
     async def _next(self) -> tuple[int, str, Prepared] | None:
         """The next batch; None once the run ends or drains."""
         waiters = [asyncio.create_task(self._prepared.get()), asyncio.create_task(self._finish.wait())]
-        done, pending = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        with self.waits("batch"):
+            done, pending = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
         job = waiters[0]
@@ -244,6 +250,7 @@ class TrainerRole(DeskActor):
             path = await self.compute(lambda: self.trainer.save(self.context.run_dir / CHECKPOINTS))
             message = Saved(rollout_step=step, incarnation=self.incarnation, path=str(path), step=self._step)
             await self._promise(message)
+        async with self._patience("checkpoint", f"the buffer to commit checkpoint {step}"):
             await self._event("checkpoint", step).wait()
         self._saved = step
         # Older ones go only now that the buffer knows the new one.
@@ -258,8 +265,20 @@ class TrainerRole(DeskActor):
         if not self._draining:
             await self.pushes.push(step, self._step)
         await self._save()
-        await self._over.wait()
+        async with self._patience("finish", "the buffer to end the run (its last version and evaluation)"):
+            await self._over.wait()
         self.leave(ExitCode.DRAINED if self._draining else ExitCode.FINISHED)
+
+    def _patience(self, name: str, what: str) -> AbstractAsyncContextManager[None]:
+        """A wait of the train loop for the buffer; one that restarts meanwhile hears what it has to know."""
+        return awaiting(
+            self.waits,
+            name,
+            who=self.name,
+            what=what,
+            deadline_s=self.plan.topology.run.stall_s + WATCHDOG_S,
+            advice="see the buffer's log, or raise run.stall_s; `asyncrl launch --resume RUN` goes on",
+        )
 
     async def on_finish(self, message: Finish) -> None:
         """No batch will come; once everything is done, nothing is left to do but to leave."""

@@ -23,6 +23,8 @@ ANSWER_S = 10.0
 """How long a run may take to answer a question."""
 CHECK_S = 2.0
 """How often an attached process looks whether the run is still there."""
+LEAVE_S = 30.0
+"""How long an attached process may take to let go of its engine once its run is gone."""
 LOST_AFTER = 3
 """Unanswered questions in a row after which the run counts as gone."""
 
@@ -109,7 +111,8 @@ async def attach(
         watching.cancel()
         return living.result()
     living.cancel()
-    await asyncio.wait([living])
+    # What does not end by then ends with this process: the run it worked for is gone either way.
+    await asyncio.wait([living], timeout=LEAVE_S)
     watching.result()
     raise AssertionError("the watcher only ends by an error")
 

@@ -15,9 +15,11 @@ from typing import NamedTuple
 import msgspec
 import torch
 
+from asyncrl.actor.waiting import WATCHDOG_S, awaiting
 from asyncrl.link import Hub, Key, ServerLink
 from asyncrl.messages.control import Published, TrainerStart
 from asyncrl.messages.version import Manifest
+from asyncrl.obs.metrics import Waits
 from asyncrl.topology.plan import Plan
 from asyncrl.weights.carriers.stream import StreamServer, bind_stream
 from asyncrl.weights.publisher import Publisher, Snapshot
@@ -38,6 +40,8 @@ class PushSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Of the stream endpoint; empty: none."""
     mapped: bool = True
     """Whether receivers of this host may map the files (carrier "auto" and "shm")."""
+    stall_s: float = 300.0
+    """How long nothing may move."""
 
 
 def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings:
@@ -53,6 +57,7 @@ def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings
         keep=2,
         address="" if topology.weights.carrier == "shm" else address,
         mapped=topology.weights.carrier != "stream",
+        stall_s=topology.run.stall_s,
     )
 
 
@@ -83,14 +88,20 @@ class Pushes:
         weights: Callable[[], Mapping[str, torch.Tensor]],
         send: Callable[[Published], Awaitable[None]],
         record: Callable[[dict[str, float], int], None],
+        waits: Waits | None = None,
+        side_waits: Waits | None = None,
         security: Key | None = None,
         hub: Hub | None = None,
     ) -> None:
-        """`weights` gives live tensors, `send` speaks to the buffer, `record` writes a version's metrics."""
+        """`weights` gives live tensors, `send` speaks to the buffer, `record` writes a version's metrics.
+
+        `waits` are those of whoever pushes, `side_waits` those of the loop that writes.
+        """
         self._settings = settings
         self._weights = weights
         self._send = send
         self._record = record
+        self._waits, self._side_waits = waits or Waits(), side_waits or Waits()
         self._security = security
         self._hub = hub
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue(maxsize=1)
@@ -125,12 +136,21 @@ class Pushes:
         began = time.monotonic()
         snapshot = await asyncio.to_thread(lambda: publisher.snapshot(self._weights()))
         self._record({"push/snapshot_s": time.monotonic() - began, "push/bytes": snapshot.num_bytes}, version)
-        await self._jobs.put(_Job(snapshot, version, step))
+        async with awaiting(
+            self._waits,
+            "push",
+            who="the trainer",
+            what=f"the version before {version} to be written and told to the buffer",
+            deadline_s=self._settings.stall_s + WATCHDOG_S,
+            advice=f"look at the disk of {_directory(self._settings)} and at the buffer's log",
+        ):
+            await self._jobs.put(_Job(snapshot, version, step))
 
     async def write(self) -> None:
         """consumes: snapshots    waits for: the disk    produces: published versions"""
         while True:
-            job = await self._jobs.get()
+            with self._side_waits("snapshot"):
+                job = await self._jobs.get()
             publisher = self._publisher
             assert publisher is not None, "a snapshot comes from a publisher"
             began = time.monotonic()

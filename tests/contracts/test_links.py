@@ -252,6 +252,27 @@ async def test_a_client_is_held_back_while_the_server_does_not_read(bench: Bench
     assert server.statistics().peak_queued <= 4
 
 
+async def test_what_waits_to_be_read_is_bounded_in_bytes_too(bench: Bench) -> None:
+    """Fails when an inbox counts messages alone: 256 of the largest would be 16 GiB."""
+    limits = Limits(max_queued_bytes=3_500_000, max_unread=4)
+    server, client = await met(bench, limits=limits)
+    total = 60
+
+    async def send_all() -> None:
+        for number in range(total):
+            await client.send(Work(number), [b"x" * 1_000_000])
+        await client.send(Work(total), [b"x" * 5_000_000])  # larger than the bound: it passes alone
+
+    sending = asyncio.ensure_future(send_all())
+    await asyncio.wait({sending}, timeout=0.5)
+    assert not sending.done()
+    assert server.statistics().queued <= 3
+    for number in range(total + 1):
+        assert (await within(server.recv())).message == Work(number)
+    await within(sending)
+    assert server.statistics().peak_queued <= 3
+
+
 async def test_a_suspended_send_can_be_cancelled_and_was_then_not_sent(bench: Bench) -> None:
     server, client = await met(bench, limits=Limits(max_queued=1, max_unread=1))
     body = b"x" * 4_000_000

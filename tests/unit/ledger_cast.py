@@ -97,8 +97,8 @@ class Desk:
         match message:
             case control.Want():
                 ledger.fleet.want(worker, message)
-                if message.kind is Kind.TRAIN:
-                    self.courier.credit(message.num_bytes)
+                if message.kind in {Kind.TRAIN, Kind.EVALUATE}:
+                    self.courier.credit(message.num_bytes, peer=peer)
             case control.Reports():
                 for report, body in zip(message.reports, bodies, strict=True):
                     ledger.report(worker, report, body, now)

@@ -10,10 +10,12 @@ from ledger_world import Setup, World
 
 from asyncrl.buffer import delivery
 from asyncrl.buffer.config import LedgerConfig
-from asyncrl.buffer.delivery import Courier
+from asyncrl.buffer.delivery import Courier, in_pieces
+from asyncrl.buffer.states import Outgoing
 from asyncrl.buffer.store import Store
-from asyncrl.messages.control import BatchPart, Evaluated
-from asyncrl.messages.parts import unpack
+from asyncrl.messages.control import BatchPart, Evaluated, Kind, Lease, Leases
+from asyncrl.messages.parts import GroupParts, unpack
+from asyncrl.messages.sample import Status
 
 CONFIG = LedgerConfig(batch_size=3, max_staleness=1, tickets=6, num_rollout=2, evaluates=True)
 
@@ -109,11 +111,21 @@ def test_a_batch_is_the_same_to_the_byte_when_it_is_delivered_again(store: Store
 
 
 @pytest.mark.usefixtures("one_group_each")
-def test_evaluations_need_no_credit_and_an_empty_one_is_told_too(store: Store) -> None:
-    courier = Courier(store, window_bytes=0)
+def test_an_evaluation_leaves_within_its_own_window_and_an_empty_one_is_told_too(store: Store) -> None:
+    """An evaluator that takes nothing in is sent no more than its window, and keeps no batch waiting."""
+    courier = Courier(store, window_bytes=1)
     courier.queue_evaluation(b"e", 2, 1)
-    told = [item.message for item, _ in courier.take()]
-    assert [(m.part, m.num_parts) for m in told if isinstance(m, Evaluated)] == [(0, 2), (1, 2)]
+    ((item, frames),) = courier.take()
+    assert isinstance(item.message, Evaluated)
+    assert (item.message.part, item.message.num_parts) == (0, 2)
+    assert not courier.has_work
+    courier.queue_batch(b"t", 0)
+    assert [part.part for _, part, _ in parts(courier)] == [0]
+    courier.credit(sum(map(len, frames)), peer=b"e")
+    ((item, frames),) = courier.take()
+    assert isinstance(item.message, Evaluated)
+    assert item.message.part == 1
+    # What was not given back when the next one is due was lost with a connection.
     courier.queue_evaluation(b"e", 77, 1)
     ((item, frames),) = courier.take()
     assert isinstance(item.message, Evaluated)
@@ -129,3 +141,27 @@ def test_forget_frees_the_window_of_the_one_who_left(store: Store) -> None:
     assert not courier.has_work
     courier.queue_batch(b"t", 1)
     assert len(parts(courier)) == 1
+
+
+def lease(fence: int, *, segments: int) -> Lease:
+    """Work on one sample that has so many segments."""
+    parts = GroupParts(group_id=fence, indices=[0], statuses=[Status.PENDING], segments=[segments])
+    return Lease(fence=fence, kind=Kind.GENERATE, parts=parts)
+
+
+def test_leases_with_many_frames_leave_as_several_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a worker's credit may exceed what a link takes: the desk would end by its own message."""
+    monkeypatch.setattr(delivery, "MAX_FRAMES", 6)
+    monkeypatch.setattr(delivery, "PIECE_BYTES", 100)
+    counts = [2, 1, 0, 9, 1]
+    leases = [lease(fence, segments=count) for fence, count in enumerate(counts)]
+    frames = [f"{fence}.{n}".encode() for fence, count in enumerate(counts) for n in range(1 + count)]
+    pieces = list(in_pieces(Outgoing(b"g", Leases(leases=leases), []), frames))
+    fences = [[x.fence for x in item.message.leases] for item, _ in pieces]  # type: ignore[attr-defined]
+    assert fences == [[0, 1, 2], [3], [4]], "a lease is never split"
+    assert [frame for _, own in pieces for frame in own] == frames
+    assert [len(own) for _, own in pieces] == [6, 10, 2]
+    large = [b"x" * 60, b"", b"x" * 60, b""]
+    two = Outgoing(b"g", Leases(leases=[lease(0, segments=1), lease(1, segments=1)]), [])
+    assert [len(own) for _, own in in_pieces(two, large)] == [2, 2]
+    assert list(in_pieces(two, [b""] * 4)) == [(two, [b""] * 4)]

@@ -160,11 +160,11 @@ async def measure(
     peers = [trainer, Source(bodies), Reward(bodies), generator]
     async with (
         asyncio.timeout(DEADLINE_S),
-        _buffer(directory, batches, profile, volatile=volatile) as (child, address),
+        serving(directory, plan(batches), profile, volatile=volatile) as (child, address),
     ):
         pid = child.pid
         rss = [rss_mib(pid)]
-        async with _joined(peers, address, child):
+        async with joined(peers, address, child):
             await trainer.reached(SKIP)
             began, cpu = len(trainer.trained), cpu_s(pid)
             await trainer.reached(max(SKIP, batches // 10))
@@ -186,7 +186,7 @@ async def measure(
 
 
 @contextlib.asynccontextmanager
-async def _joined(peers: Sequence[Peer], address: str, child: Process) -> AsyncIterator[None]:
+async def joined(peers: Sequence[Peer], address: str, child: Process) -> AsyncIterator[None]:
     """The peers at work; an error of one of them, or the buffer's end, ends the block."""
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -209,19 +209,19 @@ async def _alive(child: Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _buffer(
-    directory: Path, batches: int, profile: Path | None, *, volatile: bool
+async def serving(
+    directory: Path, plan: Plan, profile: Path | None = None, *, volatile: bool = False
 ) -> AsyncIterator[tuple[Process, str]]:
     """A buffer process and its address. We are its supervisor."""
     log = directory / "attempt-001" / "log"
     for folder in (log, directory / "metrics"):
         folder.mkdir(parents=True)
-    (directory / "plan.json").write_bytes(msgspec.json.encode(plan(batches)))
+    (directory / "plan.json").write_bytes(msgspec.json.encode(plan))
     control = bind("tcp://127.0.0.1:0", receives=ToSupervisor)
     arguments = [
         *(["--profile", str(profile)] if profile else []), *(["--volatile"] if volatile else []),
-        str(directory), "buffer", "--attempt-dir", str(log.parent), "--control", control.address, "--buffer", "tcp://127.0.0.1:0",
-        "--incarnation", "bench", "--parent", str(os.getpid()),
+        str(directory), "buffer", "--attempt-dir", str(log.parent), "--control", control.address,
+        "--buffer", "tcp://127.0.0.1:0", "--incarnation", "bench", "--parent", str(os.getpid()),
     ]  # fmt: skip
     with (log / "buffer.out").open("wb") as output:
         child = await asyncio.create_subprocess_exec(
