@@ -121,7 +121,7 @@ class BufferRole(Actor):
             self._changed.set()
 
     def _now(self) -> float:
-        """The time of an event: for the records what the machine's clock shows, for silence what it cannot."""
+        """The time of an event for the records; silence is counted on a clock that nobody sets."""
         self.ledger.fleet.steady = time.monotonic()
         return time.time()
 

@@ -145,9 +145,9 @@ def text(scenario: Scenario, outcome: Outcome) -> str:
             f"everything checked every {scenario.check_every:,} events, the rest at every event"
         ),
         (
-            f"{outcome.virtual_s / 3600:.2f} virtual hours in {outcome.wall_s:.1f} s ({outcome.cpu_s:.1f} s of "
-            f"processor time): {rate:,.0f} events/s, {outcome.samples / max(outcome.wall_s, 1e-9):,.0f} "
-            "samples/s"
+            f"{outcome.virtual_s / 3600:.2f} virtual hours in {outcome.wall_s:.1f} s (processor time "
+            f"{outcome.cpu_s:.1f} s): {rate:,.0f} events/s, "
+            f"{outcome.samples / max(outcome.wall_s, 1e-9):,.0f} samples/s"
         ),
     ]
     if outcome.holds:
