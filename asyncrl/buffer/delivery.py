@@ -38,9 +38,9 @@ class Piece:
 class Courier:
     """Used on the store's thread, but for `credit` and `has_work`, which the event loop calls."""
 
-    def __init__(self, store: Store, *, window_bytes: int, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(self, store: Store, *, window_bytes: int, piece_bytes: int | None = None) -> None:
         self._store = store
-        self._piece_bytes = piece_bytes
+        self._piece_bytes = PIECE_BYTES if piece_bytes is None else piece_bytes
         self._window_bytes = window_bytes
         self._lock = threading.Lock()
         """Around `_under_way`: an update lost between the two threads would be credit lost for ever."""

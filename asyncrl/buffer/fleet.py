@@ -52,6 +52,9 @@ class Fleet:
 
     def orphaned(self) -> list[tuple[str, str]]:
         """Identities whose leases outlived a restart of the buffer and who stayed away for `dead_after_s`."""
+        if len(self.leases) == sum(len(worker.leases) for worker in self.workers.values()):
+            self._absent_since.clear()
+            return []
         now = self.steady
         holders = {(lease.worker, lease.incarnation) for lease in self.leases.values()}
         absent = holders - self._by_identity.keys()

@@ -81,24 +81,31 @@ class Pump:
 
     def _lease(self, now: float) -> None:
         self._closed.clear()
+        waiting = self._waiting_kinds()
+        able = [worker for worker in self.ledger.fleet.workers.values() if _has_room(worker, waiting)]
         # Whoever holds least is served first, so that two workers with room for all share the work.
-        for worker in sorted(self.ledger.fleet.workers.values(), key=lambda w: len(w.leases)):
-            if worker.alone:
-                continue
+        for worker in sorted(able, key=lambda w: len(w.leases)):
             leases: list[Lease] = []
             bodies: list[int] = []
-            for kind, credit in worker.credit.items():
-                if credit > 0 and kind is not Kind.TRAIN:
-                    self._lease_kind(worker, kind, leases, bodies, now)
+            for kind in waiting:
+                self._lease_kind(worker, kind, leases, bodies, now)
             if leases:
                 self.ledger.book.send(worker.peer, Leases(leases=leases), bodies)
+
+    def _waiting_kinds(self) -> list[Kind]:
+        """Kinds of work of which there may be some to give out."""
+        queues = self.ledger.queues
+        generate = queues.partial or queues.evaluation or (queues.fresh and self.ledger.batches.has_ticket)
+        score = queues.to_score or queues.to_score_groups
+        found = ((Kind.GENERATE, generate), (Kind.SCORE, score), (Kind.FILTER, queues.to_filter))
+        return [kind for kind, there_is in found if there_is]
 
     def _lease_kind(
         self, worker: WorkerRecord, kind: Kind, leases: list[Lease], bodies: list[int], now: float
     ) -> None:
         """Add what there is of one kind of work, as far as the worker's credit goes."""
         find = self._find[kind]
-        while worker.credit[kind] > 0 and not worker.alone:
+        while worker.credit.get(kind, 0) > 0 and not worker.alone:
             found = find(worker, now)
             if found is None:
                 return
@@ -346,6 +353,11 @@ class Pump:
     def _tell_everyone(self, message: Finish) -> None:
         for worker in self.ledger.fleet.workers.values():
             self.ledger.book.send(worker.peer, message)
+
+
+def _has_room(worker: WorkerRecord, kinds: list[Kind]) -> bool:
+    """Whether it may be given work of one of these kinds."""
+    return not worker.alone and any(worker.credit.get(kind, 0) > 0 for kind in kinds)
 
 
 def waits_for_filter(group: GroupRecord, ledger: Ledger) -> bool:

@@ -138,7 +138,7 @@ class BufferRole(Actor):
             self._changed.set()
 
     def _now(self) -> float:
-        """The time of an event: what the machine's clock shows. Silence has a clock of its own."""
+        """The time of an event for the records; silence is counted on a clock that nobody sets."""
         self.ledger.fleet.steady = time.monotonic()
         return time.time()
 

@@ -54,6 +54,7 @@ class Checks:
         self._next_train = 0
         self._saved = 0
         self._incarnation = 0
+        self._trainer_life = 0
         self._published = -1
         self._trained_by: dict[int, int] = {}
         self.trained_samples = 0
@@ -238,7 +239,7 @@ class Checks:
             if name == "trained":
                 self._trained(values[0], values[1])
             elif name == "incarnation":
-                self._trainer_starts(values[0], values[3])
+                self._trainer_starts(values[0], values[1], values[3])
             elif name == "checkpoint":
                 self._saved = max(self._saved, values[0])
                 require(values[0] <= self._next_train, "a checkpoint is trained", f"{values}")
@@ -265,7 +266,10 @@ class Checks:
         self._next_train += 1
         self.trained_samples += self._samples_in[batch]
 
-    def _trainer_starts(self, incarnation: int, step: int) -> None:
+    def _trainer_starts(self, incarnation: int, process: str, step: int) -> None:
+        life = int(process.removeprefix("life"))
+        require(life > self._trainer_life, "a replaced life stays out", f"trainer {process}")
+        self._trainer_life = life
         require(step == self._saved, "a trainer starts at its newest checkpoint", f"{step}, {self._saved}")
         require(incarnation > self._incarnation, "lives of the trainer are counted", f"{incarnation}")
         self._incarnation = incarnation

@@ -49,6 +49,8 @@ class Cluster:
             exited=self._exited, has_bytes=self._has_bytes, addresses={},
         )  # fmt: skip
         self.peers: dict[str, Peer] = {}
+        self.replaced: list[Peer] = []
+        """Lives that were stopped, have a successor, and may go on."""
         self.lives: Counter[str] = Counter()
         self.leaving: set[str] = set()
         """Names that nobody starts again."""
@@ -94,16 +96,32 @@ class Cluster:
     def _tell(self, peer: Peer, ours: bool) -> None:
         self.desk.lost(peer, ours=ours)
 
+    def replace(self, name: str, resume_s: float) -> None:
+        """A process is stopped and taken for dead; it goes on when its successor is here."""
+        peer = self.peers.pop(name)
+        peer.freeze()
+        self.replaced.append(peer)
+        self._tell(peer, False)
+        self.start(name)
+        self.clock.after(resume_s, peer.thaw)
+
     def _exited(self, peer: Peer, why: str) -> None:
         del why
-        self.kill(peer.name)
+        if self.peers.get(peer.name) is peer:
+            self.kill(peer.name)
+        else:
+            peer.die()
+            self.replaced = [other for other in self.replaced if other is not peer]
+
+    def _everybody(self) -> list[Peer]:
+        return [*self.peers.values(), *self.replaced]
 
     def _has_bytes(self, manifest: Manifest) -> bool:
         trainer = self.peers.get("trainer")
         return trainer is not None and trainer.incarnation == manifest.path
 
     def _present(self) -> list[Peer]:
-        return [peer for peer in self.peers.values() if peer.connected and not peer.frozen]
+        return [peer for peer in self._everybody() if peer.connected and not peer.frozen]
 
     # Messages.
 
@@ -125,7 +143,7 @@ class Cluster:
         if not self.desk.up:
             return
         self.desk.die(committed=committed)
-        for peer in self.peers.values():
+        for peer in self._everybody():
             peer.cut_off()
         self.clock.after(1.0 + self.stage.about(RESTART_S["desk"]), self._desk_again, False)
 
@@ -134,13 +152,16 @@ class Cluster:
         if not self.desk.up:
             return
         self.desk.die(committed=self.dice.random() < 0.5)
+        for peer in self.replaced:
+            peer.die()
+        self.replaced.clear()
         for name in list(self.peers):
             self.kill(name, seen=False)
         self.clock.after(1.0, self._desk_again, True)
 
     def _desk_again(self, resumed: bool) -> None:
         self.desk.restart(resumed=resumed)
-        for peer in self.peers.values():
+        for peer in self._everybody():
             self.clock.after(self.dice.random() * 2.0, self.heal, peer)
 
     def heal(self, peer: Peer) -> None:

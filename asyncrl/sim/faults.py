@@ -29,6 +29,7 @@ KINDS: dict[str, int] = {
     "reward_stop": 3,
     "trainer_kill": 4,
     "trainer_stop": 3,
+    "replaced": 3,
     "source_kill": 3,
     "evaluator_kill": 2,
     "connection_lost": 12,
@@ -149,6 +150,12 @@ class Faults:
             victim.bad_load = "corrupt"
 
     # The others.
+
+    def _replaced(self, pick: int) -> None:
+        """Stopped, given up, replaced, and continued: whatever the old life says changes nothing."""
+        victim = self._victim("" if pick % 2 else "trainer", pick // 2)
+        if victim is not None and victim.connected and self.cluster.desk.up:
+            self.cluster.replace(victim.name, 1.0 + self._seconds(pick, 60.0))
 
     def _reward_kill(self, pick: int) -> None:
         self._kill("reward", pick, seen=pick % 3 > 0)

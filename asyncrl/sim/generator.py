@@ -69,16 +69,13 @@ class Generator(Peer):
         """"slow" or "corrupt": how the next load goes."""
         self._announced: Manifest | None = None
         self._loading: Manifest | None = None
-        self._swapping = False
-        self.draining = False
-        self._tokens = 0.0
-        self._since = 0.0
+        self._swapping = self.draining = False
+        self._tokens = self._since = 0.0
         self._paused = True
         self._agenda: list[tuple[float, int, Job, bool]] = []
         """Heap of (count, tie-breaker, job, whether it ends then)."""
-        self._number = 0
+        self._number = self._alarm = 0
         self._armed = float("inf")
-        self._alarm = 0
         self._log: list[tuple[float, int, int]] = []
         """(count, version, incarnation) of every swap, as far back as a job needs it."""
 
@@ -145,12 +142,11 @@ class Generator(Peer):
         """Name room."""
         version, incarnation = self.version
         capacity = self.stage.scenario.slots
-        self.send(
-            control.Want(
-                kind=Kind.GENERATE, samples=samples, num_bytes=num_bytes, version=version,
-                incarnation=incarnation, capacity=capacity,
-            )
+        want = control.Want(
+            kind=Kind.GENERATE, samples=samples, num_bytes=num_bytes, version=version,
+            incarnation=incarnation, capacity=capacity,
         )  # fmt: skip
+        self.send(want)
 
     def handle(self, message: Any, frames: list[bytes]) -> None:
         match message:
@@ -363,12 +359,11 @@ class Generator(Peer):
             del self._log[0]
         self._log.append((count, *self.version))
         self._swapping = False
-        self.send(
-            control.Swapped(
-                version=manifest.version, incarnation=manifest.incarnation, pause_s=PAUSE_S[self.mode],
-                transfer_s=1.0, aborted=0, recomputed_tokens=0,
-            )
+        swapped = control.Swapped(
+            version=manifest.version, incarnation=manifest.incarnation, pause_s=PAUSE_S[self.mode],
+            transfer_s=1.0, aborted=0, recomputed_tokens=0,
         )  # fmt: skip
+        self.send(swapped)
         scenario = self.stage.scenario
         self.want(scenario.slots if first else 0, scenario.window_bytes if first else 0)
         waiting, self.waiting = self.waiting, []
@@ -398,9 +393,8 @@ class Generator(Peer):
             return f"its running samples, to load {self._loading and self._loading.name}"
         if self._loading is not None:
             return f"the bytes of {self._loading.name}"
-        unacked = sum(bool(job.unacked) for job in self.jobs.values())
-        if unacked:
-            return f"acknowledgements of {unacked} reports"
         if self.version[0] < 0:
             return "a first version"
-        return f"{len(self.jobs)} samples to end" if self.jobs else super().waits_for()
+        unacked = sum(bool(job.unacked) for job in self.jobs.values())
+        jobs = f"{len(self.jobs)} samples to end, {unacked} reports to be acknowledged"
+        return jobs if self.jobs else super().waits_for()

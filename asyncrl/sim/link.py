@@ -13,12 +13,12 @@ from typing import Any
 from asyncrl.messages import control
 from asyncrl.sim.clock import Clock
 
-REPEATABLE = (
+REPEATABLE = frozenset((
     control.Reports, control.Scores, control.Verdict, control.Issue, control.Trained, control.Published,
     control.Saved, control.EvaluationSeen, control.Heartbeat, control.Acks, control.Committed, control.Retire,
-)  # fmt: skip
+))  # fmt: skip
 """Messages that may come twice. Not so credit (it is added up) and leases (they are told again on hello)."""
-OVERTAKEN = (control.Reports, control.Scores, control.Verdict, control.Acks)
+OVERTAKEN = frozenset((control.Reports, control.Scores, control.Verdict, control.Acks))
 """Messages that later ones of the same connection may overtake."""
 LATE_S = 20.0
 """How late a repeat or an overtaken message may be."""
@@ -55,7 +55,7 @@ class Pipe:
         delay = dice.latency_s * (0.25 + dice.expovariate(1.0))
         if clock.now < dice.slow_until:
             delay *= 50
-        late = isinstance(message, OVERTAKEN) and dice.random() < dice.reordered
+        late = type(message) in OVERTAKEN and dice.random() < dice.reordered
         arrival = clock.now + delay
         if late:
             dice.overtaken += 1
@@ -63,7 +63,7 @@ class Pipe:
         else:
             arrival = self._last = max(arrival, self._last)
         clock.at(arrival, self._arrive, self._epoch, message, frames)
-        if dice.random() < dice.duplicates and isinstance(message, REPEATABLE):
+        if type(message) in REPEATABLE and dice.random() < dice.duplicates:
             dice.repeated += 1
             clock.at(arrival + LATE_S * dice.random() ** 2, self._arrive, self._epoch, message, frames)
 

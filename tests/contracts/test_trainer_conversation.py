@@ -1,4 +1,4 @@
-"""What a trainer makes of pieces that are lost with a connection, with a desk played by hand."""
+"""What a trainer makes of pieces lost with a connection, on a memory link with a desk played by hand."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from asyncrl.buffer import batches as batches_module
 from asyncrl.buffer.batches import Batches
 from asyncrl.buffer.delivery import PIECE_BYTES
 from asyncrl.buffer.ledger import Ledger
+from asyncrl.buffer.members import Members
 from asyncrl.errors import ConfigError
 from asyncrl.messages.control import Acks, Want
 from asyncrl.messages.control import Kind as WorkKind
@@ -68,9 +69,9 @@ def test_promises_hold_over_each_kind_of_fault_again_and_again(kind: str) -> Non
 
 
 def test_a_seed_repeats_a_run_and_another_one_does_not() -> None:
-    first, second = (msgspec.structs.replace(play(SMALL), wall_s=0.0) for _ in range(2))
+    first, second = (msgspec.structs.replace(play(SMALL), wall_s=0.0, cpu_s=0.0) for _ in range(2))
     assert first == second
-    other = msgspec.structs.replace(play(changed(SMALL, seed=1)), wall_s=0.0)
+    other = msgspec.structs.replace(play(changed(SMALL, seed=1)), wall_s=0.0, cpu_s=0.0)
     assert first.events != other.events
 
 
@@ -164,6 +165,21 @@ def test_a_ledger_that_counts_a_repeated_training_is_seen(monkeypatch: pytest.Mo
     monkeypatch.setattr(Batches, "mark_trained", always)
     outcome = play(changed(SMALL, samples=2000, duplicates=0.1))
     assert outcome.broken == "each batch is trained once in a lineage"
+
+
+def test_a_desk_that_does_not_tell_lost_leases_again_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard is `Members._lease_again`: the desk dies after the commit, before the lease left."""
+    monkeypatch.setattr(Members, "_lease_again", lambda self, worker, known: None)
+    schedule = [Fault(0.05 * i, "buffer_kill_committed", i) for i in range(1, 18)]
+    assert play(changed(SMALL, samples=240, schedule=schedule)).broken == "the run goes on"
+
+
+def test_a_desk_that_takes_a_replaced_life_again_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard is `Members.past`: the old trainer would throw its successor out, and it the old one."""
+    monkeypatch.setattr(Members, "live", lambda self, name, incarnation: None)
+    schedule = [Fault(0.05 * i, "replaced", 2 * i) for i in range(1, 18)]
+    outcome = play(changed(SMALL, samples=240, schedule=schedule))
+    assert outcome.broken == "a replaced life stays out"
 
 
 def test_a_run_that_stands_still_is_reported_with_who_waits_for_what() -> None:
