@@ -137,10 +137,16 @@ def in_words(rows: Sequence[DeathRow]) -> str:
     """What the deaths of a run came to; empty where nobody died."""
     if not rows:
         return ""
-    names = [f"{row.name} {row.reason}" for row in rows[:DETAILED]]
+    names = [_who(row) for row in rows[:DETAILED]]
     more = [f"{len(rows) - DETAILED} more"] if len(rows) > DETAILED else []
     noun = "death" if len(rows) == 1 else "deaths"
     return f"{len(rows)} {noun}: {cost(rows)} ({'; '.join(names + more)})"
+
+
+def _who(row: DeathRow) -> str:
+    """Name and reason in a few words; where the supervisor saw it die, the reason begins with the name."""
+    reason = row.reason.partition(";")[0]
+    return reason if reason.startswith(row.name) else f"{row.name}: {reason}"
 
 
 def cost(rows: Sequence[DeathRow]) -> str:

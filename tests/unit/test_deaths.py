@@ -169,8 +169,10 @@ def test_totals_words_and_metrics_are_those_of_the_rows(make: Make) -> None:
     assert all(CATALOGUE.find(name) for name in gauges)
     words = deaths.in_words(found)
     assert words.startswith(f"2 deaths: {gauges['faults/samples_interrupted']} answers interrupted, ")
-    assert f"at most {gauges['faults/tokens_lost_bound']} lost (gen-0 killed; gen-0 killed)" in words
+    assert f"at most {gauges['faults/tokens_lost_bound']} lost (gen-0: killed; gen-0: killed)" in words
     assert deaths.in_words([]) == ""
+    seen = msgspec.structs.replace(found[0], reason="gen-0 was killed by signal 9; its output is in FILE")
+    assert deaths.in_words([seen]).endswith("lost (gen-0 was killed by signal 9)")
 
 
 def test_the_story_of_a_group_tells_what_the_death_cost(make: Make) -> None:
