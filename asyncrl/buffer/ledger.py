@@ -130,8 +130,10 @@ class Ledger:
         if report.num_tokens and frame is not None:
             self.book.add_tokens(group, sample, report, worker.name, frame)
             lease.progressed = True
+        # Taken before the sample advances: one that keeps no partial answer has no tokens afterwards.
+        committed_tokens = sample.tokens
         self._advance(group, sample, lease, report, now)
-        self._answer(worker, report, sample.tokens, accepted=True)
+        self._answer(worker, report, committed_tokens, accepted=True)
 
     def _advance(
         self, group: GroupRecord, sample: SampleRecord, lease: LeaseRecord, report: Report, now: float
