@@ -119,7 +119,7 @@ class Ledger:
             return
         committed = report.offset + report.num_tokens <= sample.tokens
         if committed and (sample.state != GENERATING or report.num_tokens):
-            self._accept(worker, report, sample)
+            self._accept(worker, report, sample, sample.tokens)
             return
         if sample.state != GENERATING or report.offset != sample.tokens:
             reason = f"offset {report.offset} is not the committed length {sample.tokens}"
@@ -130,8 +130,10 @@ class Ledger:
         if report.num_tokens and frame is not None:
             self.book.add_tokens(group, sample, report, worker.name, frame)
             lease.progressed = True
+        # Taken before the sample advances: one that keeps no partial answer has no tokens afterwards.
+        committed_tokens = sample.tokens
         self._advance(group, sample, lease, report, now)
-        self._accept(worker, report, sample)
+        self._accept(worker, report, sample, committed_tokens)
 
     def _advance(
         self, group: GroupRecord, sample: SampleRecord, lease: LeaseRecord, report: Report, now: float
@@ -174,9 +176,9 @@ class Ledger:
             self.queues.generated(group, sample)
             self.book.touch(group, sample)
 
-    def _accept(self, worker: WorkerRecord, report: Report, sample: SampleRecord) -> None:
+    def _accept(self, worker: WorkerRecord, report: Report, sample: SampleRecord, offset: int) -> None:
         last = sample.state != GENERATING
-        ack = Ack(report.fence, report.group_id, report.index, sample.tokens, accepted=True, last=last)
+        ack = Ack(report.fence, report.group_id, report.index, offset, accepted=True, last=last)
         self.book.acknowledge(worker.peer, ack)
 
     def _refuse(self, worker: WorkerRecord, report: Report, offset: int, reason: str) -> None:
