@@ -100,16 +100,9 @@ class Session:
     def _make_supervisor(self, key: Key | None) -> Supervisor:
         address = "memory://control" if self.hub is not None else self.plan.topology.run.address
         check_private(address, security=key)
-        launcher: Launcher
-        if self.hub is not None:
-            launcher = TaskLauncher(
-                run_dir=self.run_dir.path, attempt_dir=self.attempt_dir, plan=self.plan, hub=self.hub
-            )
-        else:
-            launcher = ProcessLauncher(run_dir=self.run_dir.path, attempt_dir=self.attempt_dir)
         return Supervisor(
             self.plan,
-            launcher=launcher,
+            launcher=self.make_launcher(),
             run_dir=self.run_dir.path,
             address=address,
             key=key,
@@ -118,6 +111,14 @@ class Session:
             show=self._show,
             on_address=self._addressed,
         )
+
+    def make_launcher(self) -> Launcher:
+        """What starts the processes of this launch; a harness that starts them otherwise overrides it."""
+        if self.hub is not None:
+            return TaskLauncher(
+                run_dir=self.run_dir.path, attempt_dir=self.attempt_dir, plan=self.plan, hub=self.hub
+            )
+        return ProcessLauncher(run_dir=self.run_dir.path, attempt_dir=self.attempt_dir)
 
     def _addressed(self, address: str, buffer_address: str) -> None:
         self.run_dir.set_status(phase="running", address=address, buffer_address=buffer_address)

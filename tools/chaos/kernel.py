@@ -1,0 +1,94 @@
+"""What a driver asks of the kernel: to inherit orphans, a mount namespace of its own, small disks; and /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+CLONE_NEWNS = 0x00020000
+MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 16384, 1 << 18
+
+
+class NotAllowed(Exception):  # noqa: N818 - a reason to skip, not a mistake
+    """The kernel refuses what a case needs."""
+
+
+def adopt_orphans() -> None:
+    """Whatever descends from this process and loses its parent becomes its child: nothing can get away."""
+    _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def private_disk(path: Path, *, num_bytes: int) -> None:
+    """A small disk at `path` that only this process and its descendants see, and that goes with them."""
+    _call("unshare", CLONE_NEWNS)
+    _mount(b"none", b"/", b"", MS_REC | MS_PRIVATE, b"")
+    _mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, f"size={num_bytes}".encode())
+
+
+def read_only(path: Path, *, on: bool) -> None:
+    """Make the disk at `path` read-only, or writable again. Nothing may be open for writing there."""
+    _mount(b"none", os.fsencode(path), b"", MS_REMOUNT | (MS_RDONLY if on else 0), b"")
+
+
+def _mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
+    _call("mount", source, target, kind, flags, data)
+
+
+def _call(name: str, *arguments: object) -> None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    converted = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+    if function(*converted) != 0:
+        raise NotAllowed(f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def descendants(parent: int) -> set[int]:
+    """Living processes below this one (no zombies)."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                text = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+                state, above = text.rpartition(")")[2].split()[:2]
+                if state not in "ZX":
+                    parents[int(entry.name)] = int(above)
+    return set(_below(parent, parents))
+
+
+def _below(parent: int, parents: dict[int, int]) -> Iterator[int]:
+    for pid, above in parents.items():
+        if above == parent:
+            yield pid
+            yield from _below(pid, parents)
+
+
+def describe(pid: int) -> str:
+    """A process in words."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return f"{pid} ({command[:80].strip()})"
+    return str(pid)
+
+
+def send(pids: set[int], number: signal.Signals) -> None:
+    """A signal to all of them that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def reap() -> dict[int, int]:
+    """Exit codes of the children that have ended."""
+    ended = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if not pid:
+            return ended
+        ended[pid] = os.waitstatus_to_exitcode(status)
