@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,9 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
+from asyncrl.chaos import Life, tapped_client, tapped_server
 from asyncrl.errors import AsyncrlError, ExitCode
-from asyncrl.link import ClientLink, Hub, Key, connect
+from asyncrl.link import ClientLink, Hub, Key, OnMalformed, ServerLink, bind, connect
 from asyncrl.messages.codec import schema_hash
 from asyncrl.messages.control import (
     PROTOCOL,
@@ -62,7 +64,22 @@ class Context:
     resumed: bool = False
     """The run directory is that of an interrupted run."""
     host: str = ""
+    life: Life | None = None
+    """Its orders, where there are any (`asyncrl.chaos`)."""
     waits: Waits = field(default_factory=Waits)
+
+    def connect(self, address: str, *, receives: Any) -> ClientLink:
+        """Dial as this life of the actor. Raises as `asyncrl.link.connect` does."""
+        identity = f"{self.name}.{self.incarnation}".encode()
+        dial = functools.partial(
+            connect, address, identity=identity, receives=receives, security=self.key, hub=self.hub
+        )
+        return tapped_client(dial, self.life)
+
+    def bind(self, address: str, *, receives: Any, on_malformed: OnMalformed) -> ServerLink:
+        """Listen. Raises as `asyncrl.link.bind` does."""
+        link = bind(address, receives=receives, security=self.key, hub=self.hub, on_malformed=on_malformed)
+        return tapped_server(link, self.life)
 
 
 class Actor:
@@ -211,13 +228,7 @@ class Actor:
         )
 
     async def _dial_control(self) -> None:
-        self._control = connect(
-            self.context.control_address,
-            identity=f"{self.name}.{self.context.incarnation}".encode(),
-            receives=FromSupervisor,
-            security=self.context.key,
-            hub=self.context.hub,
-        )
+        self._control = self.context.connect(self.context.control_address, receives=FromSupervisor)
         await self._control.send(self.hello())
 
     async def _say(self, message: msgspec.Struct) -> None:

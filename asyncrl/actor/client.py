@@ -21,7 +21,7 @@ import msgspec
 
 from asyncrl.actor.base import LAST_WORDS_S, Actor, Context
 from asyncrl.errors import ProtocolError, StalledError
-from asyncrl.link import ClientLink, LinkClosed, connect
+from asyncrl.link import ClientLink, LinkClosed
 from asyncrl.messages.codec import Body
 from asyncrl.messages.control import (
     Finish,
@@ -98,13 +98,7 @@ class DeskActor(Actor):
     # The conversation.
 
     async def begin(self) -> None:
-        self._desk = connect(
-            self.context.desk_address,
-            identity=f"{self.name}.{self.context.incarnation}".encode(),
-            receives=FromBuffer,
-            security=self.context.key,
-            hub=self.context.hub,
-        )
+        self._desk = self.context.connect(self.context.desk_address, receives=FromBuffer)
         await self._desk.send(self.hello())
         with self.waits("welcome"):
             self._welcome = await self._first_answer(self._desk)

@@ -23,6 +23,7 @@ import msgspec
 import structlog
 
 from asyncrl.actor.base import Actor, Context, first_error
+from asyncrl.chaos import begin_life
 from asyncrl.errors import AsyncrlError, ExitCode
 from asyncrl.link import Hub, read_key
 from asyncrl.obs import log
@@ -73,6 +74,13 @@ def make_actors(
             key=key,
             resumed=resumed,
             host=os.uname().nodename,
+            life=begin_life(
+                process if name == roles[0] else name,
+                plan=plan,
+                run_dir=run_dir,
+                incarnation=incarnation,
+                in_process=hub is not None,
+            ),
         )
         actors.append(load_role(name)(context))
     return actors

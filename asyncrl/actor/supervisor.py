@@ -25,6 +25,7 @@ from asyncrl.actor.base import LAST_WORDS_S, SCHEMA
 from asyncrl.actor.launchers import Handle, Launcher
 from asyncrl.actor.reception import ATTACHABLE, attach, crowded, describe, detach, stalled, updates_of
 from asyncrl.actor.roster import Fate, MemberState, Roster, State, story
+from asyncrl.chaos import begin_life, tapped_server
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, complain
 from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
@@ -97,13 +98,12 @@ class Supervisor:
 
     async def run(self) -> ExitCode:
         """Start everything and see it through."""
-        self._link = bind(
-            self._address,
-            receives=ToSupervisor,
-            security=self._key,
-            hub=self._hub,
+        life = begin_life("supervisor", plan=self.plan, run_dir=self.run_dir, in_process=self._memory)
+        link = bind(
+            self._address, receives=ToSupervisor, security=self._key, hub=self._hub,
             on_malformed=functools.partial(self._complain, "malformed"),
-        )
+        )  # fmt: skip
+        self._link = tapped_server(link, life)
         self._on_address(self._link.address, "")
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -31,7 +31,7 @@ from asyncrl.buffer.settled import settled
 from asyncrl.buffer.states import Outgoing, Transaction, WorkerRecord
 from asyncrl.buffer.store import Store
 from asyncrl.errors import ExitCode, NothingToTrainError, ProtocolError
-from asyncrl.link import Complaints, Delivery, PeerGone, ServerLink, bind, complain, shown
+from asyncrl.link import Complaints, Delivery, PeerGone, ServerLink, complain, shown
 from asyncrl.messages import control
 from asyncrl.messages.control import PROTOCOL, Kind, MemberLost, Refused, ToBuffer
 from asyncrl.messages.sample import Settled
@@ -97,11 +97,9 @@ class BufferRole(Actor):
         if self.context.resumed:
             release_all(self.ledger, "the run was resumed", time.time())
         self._courier = Courier(self.store, window_bytes=options.window_bytes)
-        self._link = bind(
+        self._link = self.context.bind(
             self.context.desk_address,
             receives=ToBuffer,
-            security=self.context.key,
-            hub=self.context.hub,
             on_malformed=functools.partial(self._complain, "malformed"),
         )
 

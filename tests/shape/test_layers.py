@@ -17,6 +17,7 @@ LAYERS = (
     {"errors"},
     {"messages"},
     {"topology", "link", "obs"},
+    {"chaos"},
     {"actor"},
     {"algo", "rewards", "buffer", "weights", "data"},
     {"engines", "train"},
