@@ -95,7 +95,8 @@ class Driver:
         orders = self.place / "orders.json"
         orders.write_bytes(msgspec.json.encode(self.case.orders))
         topology = world.topology(self.place, self.model, {**self.case.options, "run.name": self.token})
-        env = {ORDERS: str(orders), "COLUMNS": "160"} if self.case.orders else {"COLUMNS": "160"}
+        # Also without any order: the journal says who was born when.
+        env = {ORDERS: str(orders), "COLUMNS": "160"}
         try:
             self._live(topology, env)
         except TimeoutError as error:
@@ -113,7 +114,7 @@ class Driver:
             code = self._see_through(None, env)
         if self.case.lasting:
             return
-        repair(tampered)
+        repair(tampered, disk=self.runs if self.case.disk else None)
         while code != ExitCode.FINISHED and len(self.course.launches) < MAX_LAUNCHES:
             if code == ExitCode.CONFIG or not (self.run_dir / "plan.json").exists():
                 return

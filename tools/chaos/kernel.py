@@ -46,17 +46,27 @@ def _call(name: str, *arguments: object) -> None:
         raise NotAllowed(f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
+def children(parent: int) -> set[int]:
+    """Children of a process, zombies included."""
+    return {pid for pid, (above, _) in _table().items() if above == parent}
+
+
 def descendants(parent: int) -> set[int]:
     """Living processes below this one (no zombies)."""
-    parents = {}
+    parents = {pid: above for pid, (above, state) in _table().items() if state not in "ZX"}
+    return set(_below(parent, parents))
+
+
+def _table() -> dict[int, tuple[int, str]]:
+    """(parent, state letter) of every process."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
                 text = (entry / "stat").read_text(encoding="utf-8", errors="replace")
                 state, above = text.rpartition(")")[2].split()[:2]
-                if state not in "ZX":
-                    parents[int(entry.name)] = int(above)
-    return set(_below(parent, parents))
+                found[int(entry.name)] = (int(above), state)
+    return found
 
 
 def _below(parent: int, parents: dict[int, int]) -> Iterator[int]:
@@ -79,6 +89,13 @@ def send(pids: set[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def reap_others(mine: set[int]) -> None:
+    """Reap children that have ended and are none of these: orphans of cases."""
+    for pid in children(os.getpid()) - mine:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def reap() -> dict[int, int]:

@@ -33,9 +33,7 @@ def start(
     place: Path, *, topology: Path | None, resume: Path | None, output: Path, env: Mapping[str, str]
 ) -> int:
     """Fork a launch, or the resumption of one; returns its process id."""
-    return fork(
-        functools.partial(_launch, place, topology=topology, resume=resume), output=output, env=env
-    )
+    return fork(functools.partial(_launch, place, topology=topology, resume=resume), output=output, env=env)
 
 
 def _launch(place: Path, *, topology: Path | None, resume: Path | None) -> int:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from asyncrl.chaos import Order
+
 
 Deed = Literal["continue", "lose", "fill", "attach"]
 """SIGCONT to the one that fired; SIGKILL to every process; no free byte on the disk; one more generator."""
@@ -36,7 +38,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """ROLE ACTION MOMENT, for people."""
     role: str
     """Whose fault it is, for the table."""
-    orders: list[Any] = []
+    orders: list[Order] = []
     steps: list[Step] = []
     options: dict[str, Any] = {}
     """Of the topology, by dotted name."""
