@@ -83,8 +83,14 @@ class RunDir:
         return run
 
     def lock(self) -> None:
-        """Hold the directory. Raises ConfigError when a live run has it."""
-        lock = (self.path / "lock").open("ab")
+        """Hold the directory. Raises ConfigError when a live run has it, StorageError when it cannot be written."""
+        try:
+            lock = (self.path / "lock").open("ab")
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be written: {error.strerror}; make it writable, then go on with "
+                f"`asyncrl launch --resume {self.path}`"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -56,6 +56,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     start_s: float | None = None
     """From the start of the launch to the first life of its last process."""
     launches: int = 0
+    unfired: int = 0
+    """Orders that did not fire."""
     deaths: dict[str, int] = {}
     """Lives that were followed by another one or cut off, by role."""
     lost: int = 0
@@ -87,7 +89,11 @@ def judge(course: Course, *, seconds: float) -> Outcome:
     books = Path(course.run_dir) / "buffer.db"
     if books.exists() and not case.lasting and not course.hung:
         _read_books(course, outcome)
-    outcome.problems += _in_time(outcome.recoveries)
+    if case.expect == "finish":
+        outcome.problems += _in_time(outcome.recoveries)
+    outcome.unfired = len(missing)
+    if case.may_miss:
+        missing = []
     if outcome.problems or missing:
         outcome.verdict = "failed" if outcome.problems else "missed"
     outcome.problems += missing

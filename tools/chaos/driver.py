@@ -119,6 +119,8 @@ class Driver:
             if code == ExitCode.CONFIG or not (self.run_dir / "plan.json").exists():
                 return
             code = self._see_through(None, env)
+        if self._helpers:
+            self._dismiss_helpers()
 
     def _see_through(self, topology: Path | None, env: dict[str, str]) -> int:
         """One launch, to its end; returns its exit code."""
@@ -158,6 +160,14 @@ class Driver:
         self.course.left += [kernel.describe(pid) for pid in sorted(left)]
         kernel.send(left, signal.SIGKILL)
         return codes[self._launch]
+
+    def _dismiss_helpers(self) -> None:
+        """Attached workers leave by themselves when the run has ended."""
+        ends = time.monotonic() + GONE_S
+        while kernel.descendants(os.getpid()) and time.monotonic() < ends:
+            kernel.reap()
+            time.sleep(POLL_S)
+        self.course.left += [kernel.describe(pid) for pid in sorted(kernel.descendants(os.getpid()))]
 
     def _hang(self, output: Path) -> str:
         text = output.read_text(encoding="utf-8", errors="replace")

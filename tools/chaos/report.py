@@ -10,7 +10,7 @@ import msgspec
 
 from tools.chaos.checks import Outcome, Recovery
 
-ROLES = ("source", "evaluator", "generator", "reward", "buffer", "trainer", "supervisor", "all", "none")
+ROLES = ("source", "evaluator", "generator", "reward", "buffer", "trainer", "supervisor", "all", "random")
 _HEAD = (
     "role", "cases", "kills", "lost", "twice", "differently", "recovered in s (median)", "worst",
     "trained again in s (median)", "worst",

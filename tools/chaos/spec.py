@@ -50,6 +50,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Words, one of which (separated by "|") the failure's text has to contain."""
     lasting: bool = False
     """What was damaged cannot be repaired: no launch has to finish."""
+    may_miss: bool = False
+    """Not every order has to fire: a random schedule may ask for what does not come."""
     state: str = ""
     """Query of the run's records, with :time and :actor, that shows that the moment was the right one."""
 
