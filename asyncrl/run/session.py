@@ -13,9 +13,10 @@ import time
 
 from rich.console import Console
 
+from asyncrl.actor.base import first_error
 from asyncrl.actor.launchers import Launcher, ProcessLauncher, TaskLauncher
 from asyncrl.actor.supervisor import Supervisor
-from asyncrl.errors import ExitCode
+from asyncrl.errors import ExitCode, StorageError
 from asyncrl.link import Hub, Key, check_private, read_key
 from asyncrl.obs import log
 from asyncrl.obs.top import Top
@@ -56,11 +57,17 @@ class Session:
         )
         try:
             code: ExitCode = uvloop.run(self._live())
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
         finally:
             logging.close()
         detail = self.supervisor.failure if self.supervisor is not None else ""
         phase = {ExitCode.FINISHED: "finished", ExitCode.DRAINED: "drained"}.get(code, "failed")
-        self.run_dir.set_status(phase=phase, exit_code=int(code), detail=detail, address="", pid=0)
+        try:
+            self.run_dir.set_status(phase=phase, exit_code=int(code), detail=detail, address="", pid=0)
+        except StorageError as error:
+            # A disk that takes no status is seldom the first to say so.
+            raise StorageError("; ".join(filter(None, [detail, str(error)]))) from error
         return code
 
     @property

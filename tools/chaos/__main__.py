@@ -20,7 +20,7 @@ from pathlib import Path
 from tools.chaos import harness, report, world
 from tools.chaos.checks import Outcome
 from tools.chaos.matrix import expand, matrix
-from tools.chaos.spec import Case, read
+from tools.chaos.spec import read
 
 INTERRUPTED = 130
 

@@ -275,7 +275,8 @@ def _in_time(recoveries: list[Recovery]) -> Iterator[str]:
         if recovery.life_s is not None and recovery.life_s > LIFE_S:
             yield f"{recovery.role}: the next life came after {recovery.life_s:.1f} s, bound {LIFE_S:g} s"
         if recovery.progress_s is not None and recovery.progress_s > PROGRESS_S:
-            yield f"{recovery.role}: the next batch was trained after {recovery.progress_s:.1f} s, bound {PROGRESS_S:g} s"
+            after = f"{recovery.progress_s:.1f} s, bound {PROGRESS_S:g} s"
+            yield f"{recovery.role}: the next batch was trained after {after}"
 
 
 def _replay(run_dir: Path, steps: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a driver asks of the kernel: to inherit orphans, a mount namespace of its own, small disks; and /proc."""
+"""What a driver asks of the kernel: to inherit orphans, small disks that only it sees, and who is there."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 16384, 1 << 18
+
+BUSY_S = 5.0
+"""Files of a process that was just killed may be closed a little after it is gone."""
 
 
 class NotAllowed(Exception):  # noqa: N818 - a reason to skip, not a mistake
@@ -32,7 +36,16 @@ def private_disk(path: Path, *, num_bytes: int) -> None:
 
 def read_only(path: Path, *, on: bool) -> None:
     """Make the disk at `path` read-only, or writable again. Nothing may be open for writing there."""
-    _mount(b"none", os.fsencode(path), b"", MS_REMOUNT | (MS_RDONLY if on else 0), b"")
+    ends = time.monotonic() + BUSY_S
+    while True:
+        try:
+            _mount(b"none", os.fsencode(path), b"", MS_REMOUNT | (MS_RDONLY if on else 0), b"")
+        except NotAllowed:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:

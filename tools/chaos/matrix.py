@@ -159,7 +159,7 @@ def _disks() -> Iterator[Case]:
     for name, actor, at, code in (
         ("checkpoint", "trainer", "file:open:*/.step-000002.tmp/*", "ENOSPC"),
         ("checkpoint", "trainer", "file:os.rename:*/.step-000002.tmp", "EROFS"),
-        ("version", "trainer", "file:open:/dev/shm/*.weights*", "ENOSPC"),
+        ("version", "trainer", "file:open:/dev/shm/asyncrl-*.tmp", "ENOSPC"),
         ("segment", "buffer", "file:open:*/bodies/*.bin", "ENOSPC"),
         ("segment", "buffer", "file:open:*/bodies/*.bin", "EROFS"),
         ("version", "generator", "file:open:/dev/shm/*.weights*", "EIO"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 LEASED = (
     "select 1 from leases where worker = :actor and kind = '{kind}' and granted_at <= :time"
@@ -26,14 +28,15 @@ UNSAVED = (
 """Whether the weights were ahead of the newest checkpoint."""
 
 
-class Moment(NamedTuple):
+@dataclass(frozen=True)
+class Moment:
     """A step of the protocol in one role's life."""
 
     name: str
     """In words."""
     at: str
     nth: int = 1
-    where: dict[str, Any] = {}
+    where: Mapping[str, Any] = field(default_factory=dict)
     state: str = ""
     """Query that shows that the moment was the right one."""
 
@@ -116,7 +119,8 @@ MOMENTS: dict[str, tuple[Moment, ...]] = {
         Moment("trained, not told", "send:Trained", nth=3),
         Moment("trained told", "sent:Trained", nth=3),
         Moment("before committed", "receive:Committed", nth=4),
-        Moment("mid-publish, writing", "file:open:/dev/shm/*.weights*", nth=3, state=UNPUBLISHED),
+        Moment("mid-publish, writing", "file:open:/dev/shm/asyncrl-*.tmp", nth=3, state=UNPUBLISHED),
+        Moment("mid-publish, written", "file:os.rename:/dev/shm/asyncrl-*.tmp", nth=3, state=UNPUBLISHED),
         Moment("mid-publish, not told", "send:Published", nth=3, state=UNPUBLISHED),
         Moment("published told", "sent:Published", nth=3),
         Moment("mid-checkpoint, begun", "file:os.mkdir:*/.step-000002.tmp*", state=UNSAVED),

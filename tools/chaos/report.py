@@ -84,8 +84,8 @@ def totals(outcomes: Sequence[Outcome], *, wall_s: float) -> str:
     start = f"; a case starts in {statistics.median(starts):.2f} s (median)" if starts else ""
     rate = 3600 * len(outcomes) / max(wall_s, 1e-9)
     return (
-        f"{len(outcomes)} cases, {count['failed']} failed, {count['missed']} missed, {count['skipped']} skipped, "
-        f"in {wall_s / 60:.1f} min ({rate:.0f} an hour){start}"
+        f"{len(outcomes)} cases, {count['failed']} failed, {count['missed']} missed, "
+        f"{count['skipped']} skipped, in {wall_s / 60:.1f} min ({rate:.0f} an hour){start}"
     )
 
 

@@ -1,7 +1,7 @@
 """What a case is, and how it is written on a command line.
 
-A case is a topology's changed options, the orders its processes carry, what the driver does when an order has
-fired or when the launch has ended, and how all that has to end. Its spec is one line of JSON, which repeats it.
+A case is a topology's changed options, the orders its processes carry, what the driver does when an order
+has fired or the launch has ended, and how all that has to end. Its spec, a line of JSON, repeats it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any, Literal
 import msgspec
 
 from asyncrl.chaos import Order
-
 
 Deed = Literal["continue", "lose", "fill", "attach"]
 """SIGCONT to the one that fired; SIGKILL to every process; no free byte on the disk; one more generator."""
