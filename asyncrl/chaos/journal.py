@@ -32,10 +32,12 @@ class Journal:
 
 
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:
-    """All lines so far: {"born": name, "life", "incarnation", "pid", "time"} for every life that read orders,
+    """All lines so far, in order; none where no orders were ever read.
 
-    {"order": index, "actor", "incarnation", "life", "moment", "action", "message", "pid", "time"} for every
-    time that an order was carried out.
+    A life that has read orders: born (its name), life, incarnation (empty for the supervisor), pid, time.
+    An order that was carried out: order (its index in the file), actor, life, incarnation, moment, action,
+    message (the beginning of it, after the peer's name at a server; or a path), pid, time. Times are true
+    Unix seconds, whatever an order did to the clock.
     """
     try:
         text = (run_dir / JOURNAL).read_bytes()

@@ -10,7 +10,7 @@ import fnmatch
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import msgspec
 
 from asyncrl.chaos import process
 from asyncrl.chaos.journal import Journal, read_journal
-from asyncrl.chaos.orders import Moment, Order, check, errno_of, matches, moment_of
+from asyncrl.chaos.orders import DETOURS, Moment, Order, check, errno_of, matches, moment_of
 from asyncrl.errors import ConfigError, RunError
 from asyncrl.topology.plan import Plan
 
@@ -35,17 +35,16 @@ class _Standing:
         self.index, self.order = index, order
         self.moment = moment_of(order.at)
         self.pattern = re.compile(fnmatch.translate(self.moment.glob))
-        self.seen = 0
+        self._seen = 0
         """Matching moments so far."""
+        self._fired = 0
 
-    @property
-    def spent(self) -> bool:
-        return self.seen >= self.order.nth + self.order.count - 1
-
-    def comes(self) -> bool:
-        """A matching moment has come; whether it is one to act on."""
-        self.seen += 1
-        return self.seen >= self.order.nth
+    def comes(self, *, taken: bool = False) -> bool:
+        """A matching moment has come; whether it is one to act on, unless it is taken already."""
+        self._seen += 1
+        due = not taken and self._seen >= self.order.nth and self._fired < self.order.count
+        self._fired += due
+        return due
 
 
 class Life:
@@ -72,11 +71,14 @@ class Life:
             if standing.comes():
                 self._carry_out(standing, "")
 
-    def at(self, kind: str, message: Any, peer: bytes = b"") -> Order | None:
-        """A moment of a message has come. Returns what the link has to do about it, if anything.
+    def at(
+        self, kind: str, message: Any, peer: bytes = b"", *, cut: Callable[[], None] | None = None
+    ) -> Order | None:
+        """A moment of a message has come. Returns the order to send it on a detour, if there is one.
 
-        At most one order at a time reroutes a message; another one for the same takes the next. May not
-        return at all, or raise RunError, as ordered.
+        At most one order at a time reroutes a message; another one for the same takes the next. Anything
+        else is done here, in the order of the file, with `cut` where the link has a connection to lose.
+        May not return at all, or raise RunError, as ordered.
         """
         standing = self._standing.get((kind, type(message).__name__))
         if not standing:
@@ -84,20 +86,21 @@ class Life:
         detour: Order | None = None
         name = _member(peer)
         for item in standing:
-            of_link = item.order.action in {"drop", "duplicate", "delay", "swap", "cut"}
-            if item.spent or (of_link and detour is not None) or not matches(item.order, message, name):
+            reroutes = item.order.action in DETOURS
+            if not matches(item.order, message, name) or not item.comes(
+                taken=reroutes and detour is not None
+            ):
                 continue
-            if item.comes():
-                self._carry_out(item, f"{name} {message!r}"[:_SHOWN].strip())
-                detour = item.order if of_link else detour
+            self._carry_out(item, f"{name} {message!r}"[:_SHOWN].strip())
+            if item.order.action == "cut" and cut is not None:
+                cut()
+            detour = item.order if reroutes else detour
         return detour
 
     def _touched(self, event: str, path: str) -> None:
         with self._lock:
             due = [
-                item
-                for item in self._standing[("file", event)]
-                if not item.spent and item.pattern.match(path) and item.comes()
+                item for item in self._standing[("file", event)] if item.pattern.match(path) and item.comes()
             ]
         for item in due:
             self._carry_out(item, path)

@@ -14,7 +14,13 @@ from msgspec import inspect
 
 from asyncrl.errors import ConfigError
 from asyncrl.messages.control import FromBuffer, ToBuffer
-from asyncrl.messages.supervision import FromSupervisor, ToSupervisor
+from asyncrl.messages.supervision import (
+    AttachRequest,
+    DetachRequest,
+    FromSupervisor,
+    StatusRequest,
+    ToSupervisor,
+)
 from asyncrl.topology.plan import Plan
 
 SUPERVISOR = "supervisor"
@@ -61,8 +67,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     "clock": `time.time()` of this process jumps by `seconds`.
     At send and receive: "drop"; "duplicate"; "delay" by `seconds`, others overtake it; "swap" with the next
     message to or from that peer, if one comes within `seconds` (0: 1 s).
-    At messages of a client: "cut", the connection is lost and dialled again (send: before the message goes
-    out; receive: the message has arrived).
+    At messages of a client: "cut", the connection is lost with what is in it, and dialled again (send: before
+    the message goes out; receive: the message has arrived). With a "drop" of the same message it is lost the
+    way messages get lost; a "drop" alone is a fault that no transport here has.
     At files: "errno:ENOSPC" and the like, an OSError out of the call.
     """
     nth: int = 1
@@ -197,7 +204,8 @@ def _types(moment: Moment, role: str) -> dict[str, type]:
         unions = [FromBuffer, ToSupervisor] if outward else [ToBuffer, FromSupervisor]
     else:
         unions = [ToBuffer, ToSupervisor] if outward else [FromBuffer, FromSupervisor]
-    return {kind.__name__: kind for union in unions for kind in get_args(union)}
+    commands = set() if role == SUPERVISOR else {AttachRequest, DetachRequest, StatusRequest}
+    return {kind.__name__: kind for union in unions for kind in get_args(union) if kind not in commands}
 
 
 def _of_action(order: Order, moment: Moment, role: str) -> str:

@@ -31,7 +31,7 @@ class _Letter(NamedTuple):
     frames: Sequence[Body]
 
 
-LinkT = TypeVar("LinkT", ClientLink, ServerLink)
+LinkT = TypeVar("LinkT", bound=ClientLink | ServerLink)
 
 
 class _Tap(Generic[LinkT]):
@@ -172,10 +172,7 @@ class TappedClient(_Tap[ClientLink]):
                 raise
 
     def _reach(self, kind: str, message: msgspec.Struct, peer: bytes = b"") -> Order | None:
-        order = super()._reach(kind, message, peer)
-        if order is not None and order.action == "cut":
-            self._cut()
-        return order
+        return self._life.at(kind, message, peer, cut=self._cut)
 
     def _cut(self) -> None:
         """Lose the connection, with what is on its way in it, and dial again under the same identity."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
 import msgspec
+import torch
 
 from asyncrl.engines.base import Engine, OnNewWeights
 from asyncrl.errors import WeightsError
@@ -28,9 +30,21 @@ class Swapper:
         self._hub = hub
 
     async def swap(
-        self, engine: Engine, manifest: Manifest, *, is_newest: Callable[[Manifest], bool]
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        *,
+        is_newest: Callable[[Manifest], bool],
+        moved: asyncio.Event,
     ) -> Swapped | None:
-        """Serve this version; None when it was retired meanwhile and a newer one is announced.
+        """Serve this version; None when there is news that make this attempt pointless.
+
+        Args:
+            engine: that shall serve it.
+            manifest: of the version.
+            is_newest: whether nothing newer is announced; a version that was retired meanwhile is no error.
+            moved: set when its publisher is gone and other bytes are announced: what was asked of it will
+                never come.
 
         Raises:
             WeightsError: the newest version's bytes are missing or do not have their digest.
@@ -38,12 +52,12 @@ class Swapper:
         """
         began = time.monotonic()
         try:
-            tensors = await receive(
-                manifest, deadline_s=self._deadline_s, security=self._security, hub=self._hub
-            )
+            tensors = await self._fetch(manifest, moved)
         except WeightsError:
             if is_newest(manifest):
                 raise
+            return None
+        if tensors is None:
             return None
         transfer_s = time.monotonic() - began
         report = await engine.load_weights(manifest.version, manifest.incarnation, tensors, self._mode)
@@ -53,6 +67,21 @@ class Swapper:
             transfer_s=transfer_s,
             **msgspec.structs.asdict(report),
         )
+
+    async def _fetch(self, manifest: Manifest, moved: asyncio.Event) -> dict[str, torch.Tensor] | None:
+        """The version's tensors; None when they are to be had elsewhere."""
+        fetching = asyncio.ensure_future(
+            receive(manifest, deadline_s=self._deadline_s, security=self._security, hub=self._hub)
+        )
+        leaving = asyncio.ensure_future(moved.wait())
+        try:
+            await asyncio.wait((fetching, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not fetching.done():
+                fetching.cancel()
+                await asyncio.wait([fetching])
+        return None if fetching.cancelled() else fetching.result()
 
 
 def push_metrics(swapped: Swapped, manifest: Manifest) -> dict[str, float]:

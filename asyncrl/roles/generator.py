@@ -58,6 +58,8 @@ class GeneratorRole(DeskActor):
         self._jobs: asyncio.Queue[tuple[Lease, Sample, int]] = asyncio.Queue()
         self._announced: Manifest | None = None
         self._news = asyncio.Event()
+        self._moved = asyncio.Event()
+        """The version that is being fetched is announced again, or by another publisher."""
         self._engine: Engine | None = None
         self._custom: Callable[..., Any] | None = None
         self._args: Args | None = None
@@ -137,6 +139,9 @@ class GeneratorRole(DeskActor):
                 self._announce(message.manifest)
 
     def _announce(self, manifest: Manifest) -> None:
+        old = self._announced
+        if old is not None and (old.version == manifest.version or old.address != manifest.address):
+            self._moved.set()
         self._announced = manifest
         self._news.set()
 
@@ -241,9 +246,12 @@ class GeneratorRole(DeskActor):
             assert manifest is not None, "news name a version"
             if (manifest.version, manifest.incarnation) == self.version:
                 continue
-            swapped = await self.swapper.swap(self.engine, manifest, is_newest=lambda m: m is self._announced)
+            self._moved.clear()
+            swapped = await self.swapper.swap(
+                self.engine, manifest, is_newest=lambda m: m is self._announced, moved=self._moved
+            )
             if swapped is None:
-                continue  # retired while we were fetching it: a newer one has been announced
+                continue  # retired while we were fetching it, or to be had elsewhere: there is news
             first = self.version[0] < 0
             if first:
                 await session.warm_up(self.engine)

@@ -1,9 +1,10 @@
-"""One contract over the links: tcp, ipc and memory. Every wait here has a deadline."""
+"""One contract over the links: tcp, ipc, memory, and under orders. Every wait here has a deadline."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import socket as sockets
 import threading
@@ -16,6 +17,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from asyncrl.chaos import Life, Order, tapped_client, tapped_server
 from asyncrl.errors import ConfigError, ProtocolError, RunError
 from asyncrl.link import (
     ClientLink,
@@ -52,11 +54,19 @@ class Foreign(msgspec.Struct, frozen=True, tag="foreign"):
 Any_ = Hello | Work
 
 
+ELSEWHERE = [
+    Order(actor="anybody", at=f"{moment}:Work", where={"number": -99}, action=action)
+    for moment, action in (("send", "drop"), ("sent", "exit"), ("receive", "delay"), ("received", "cut"))
+]
+"""Orders that no message here is about."""
+
+
 class Bench:
     """Opens links of one scheme, and closes all of them at the end."""
 
     def __init__(self, scheme: str, tmp_path: Path) -> None:
-        self.scheme = scheme
+        tapped, _, scheme = scheme.rpartition("-")
+        self.life = Life("anybody", orders=ELSEWHERE, run_dir=tmp_path, incarnation="") if tapped else None
         self.hub = Hub()
         self.fresh = {
             "tcp": "tcp://127.0.0.1:0",
@@ -66,14 +76,17 @@ class Bench:
         self.opened: list[Any] = []
 
     def bind(self, address: str | None = None, **options: Any) -> ServerLink:
-        link = bind(address or self.fresh, receives=Any_, hub=self.hub, **options)
+        link = tapped_server(bind(address or self.fresh, receives=Any_, hub=self.hub, **options), self.life)
         self.opened.append(link)
         return link
 
     def connect(
         self, address: str, identity: bytes = b"client", receives: Any = Any_, **options: Any
     ) -> ClientLink:
-        link = connect(address, identity=identity, receives=receives, hub=self.hub, **options)
+        dial = functools.partial(
+            connect, address, identity=identity, receives=receives, hub=self.hub, **options
+        )
+        link = tapped_client(dial, self.life)
         self.opened.append(link)
         return link
 
@@ -99,7 +112,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-@pytest.fixture(params=["tcp", "ipc", "memory"])
+@pytest.fixture(params=["tcp", "ipc", "memory", "tapped-tcp", "tapped-memory"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     threads = threading.active_count()
     made = Bench(request.param, tmp_path)
@@ -110,7 +123,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     assert not [t for t in asyncio.all_tasks() if t is not asyncio.current_task() and "_guard" in repr(t)]
 
 
-@pytest.fixture(params=["tcp", "ipc"])
+@pytest.fixture(params=["tcp", "ipc", "tapped-tcp"])
 async def wire(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(request.param, tmp_path)
     yield made

@@ -8,18 +8,25 @@ from typing import Any
 
 import pytest
 
+from asyncrl.chaos import Order
 from asyncrl.errors import ExitCode
 from tests.support.books import assert_closed, one, pairs, rows
 from tests.support.command import RUN_S, Run, launched
 from tests.support.inside import run_inside
 from tests.support.processes import kill
-from tests.support.recovery import assert_recovered, catch
+from tests.support.recovery import assert_recovered, carried_out, standing
 
 pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
 PUBLISHED = "select max(version) from versions"
 LIVES = "select count(*) from incarnations"
 SAVED = "select coalesce(max(rollout_step), 0) from checkpoints"
+NO_SPACE, IN_CHECKPOINT, PUBLISHED_7 = range(3)
+ORDERS = [
+    Order(actor="trainer", at="file:os.mkdir:*/.step-000003.tmp/*", action="errno:ENOSPC"),
+    Order(actor="trainer", at="file:os.rename:*/.step-000006.tmp", action="stop"),
+    Order(actor="trainer", at="received:Committed", where={"what": "version", "number": 7}, action="stop"),
+]
 
 
 def behind(run: Run) -> int:
@@ -29,6 +36,7 @@ def behind(run: Run) -> int:
 
 def assert_never_back(run: Run, *, since: float, published: int) -> None:
     """Whatever was published since is no older than what had been; no generator was told anything older."""
+    run.until("select 1 from versions where published_at > ?", since)
     assert one(run.path, "select min(version) from versions where published_at > ?", since) >= published
     told: dict[str, int] = {}
     for name, version in rows(run.path, "select name, version from swaps order by at"):
@@ -37,27 +45,23 @@ def assert_never_back(run: Run, *, since: float, published: int) -> None:
 
 
 def fail(run: Run) -> None:
-    """The trainer ends by an error of its own: there is no place for its first checkpoint, for a while."""
-    run.until("select 1 from members where role = 'trainer'")
-    checkpoints = run.path / "checkpoints"
-    checkpoints.rmdir()
-    checkpoints.write_text("in the way")
+    """The trainer ends by an error of its own: for its first checkpoint there is no space on the disk."""
+    at = carried_out(run, NO_SPACE)["time"]
     run.says("trainer ended with exit code 1: checkpoint", deadline_s=RUN_S)
-    published = one(run.path, PUBLISHED)
-    assert behind(run) >= 1
-    at = time.time()
-    checkpoints.unlink()
+    published = one(run.path, f"{PUBLISHED} where published_at <= ?", at)
+    assert published >= 1, "nothing to go back from"
     run.until("select 1 from checkpoints where rollout_step = 3 and incarnation > 1")
     assert_never_back(run, since=at, published=published)
 
 
 def kill_in_checkpoint(run: Run) -> None:
     """SIGKILL while a checkpoint is being written; the generators live and keep the newer version."""
-    pid = run.pid("trainer")
+    pid = standing(run, IN_CHECKPOINT)
     torn = run.path / "checkpoints" / ".step-000006.tmp"
-    catch(pid, torn.exists, "the trainer to write a checkpoint")
+    assert torn.exists()
+    assert not torn.with_name("step-000006").exists()
     published, before = one(run.path, PUBLISHED), one(run.path, LIVES)
-    assert behind(run) >= 2, "nothing to train again"
+    assert behind(run) >= 1, "nothing to go back from"
     at = kill(pid)
     run.until("select 1 from checkpoints where rollout_step = 6")
     # The batches from the checkpoint on came as recorded.
@@ -70,10 +74,9 @@ def kill_in_checkpoint(run: Run) -> None:
 
 def kill_with_generators(run: Run) -> tuple[float, int]:
     """SIGKILL of the trainer and of everybody who has the newest version; when, and which that was."""
-    run.until("select 1 from versions where version = 7")
-    pids = [run.pid(name) for name in ("trainer", "generator-0", "generator-1")]
-    catch(pids[0], lambda: behind(run) >= 1, "a version beyond the checkpoint")
+    pids = [standing(run, PUBLISHED_7), *map(run.pid, ("generator-0", "generator-1"))]
     published = one(run.path, PUBLISHED)
+    assert (published, behind(run)) == (7, 1), "no version beyond the checkpoint"
     at = time.time()
     for pid in pids:
         kill(pid)
@@ -84,8 +87,9 @@ def test_a_trainer_fails_is_killed_and_is_killed_with_its_generators(
     tmp_path: Path, model: Path, slow: dict[str, Any]
 ) -> None:
     steps = 9
-    options = {**slow, "run.num_rollout": steps, "trainer.save_interval": 3}
-    with launched(tmp_path, model, options) as run:
+    # Who stands still may do so for as long as this test takes to look at it.
+    options = {**slow, "run.num_rollout": steps, "trainer.save_interval": 3, "run.dead_after_s": 60.0}
+    with launched(tmp_path, model, options, orders=ORDERS) as run:
         fail(run)
         kill_in_checkpoint(run)
         at, published = kill_with_generators(run)

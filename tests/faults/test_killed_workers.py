@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from asyncrl.chaos import Order
 from asyncrl.errors import ExitCode
 from tests.support.books import assert_closed, one, pairs, reasons, rows
 from tests.support.command import Run, launched
 from tests.support.processes import alive, descendants, kill, wait_until
+from tests.support.recovery import standing
 
 pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
@@ -24,10 +26,17 @@ AT_WORK = {
 """Whether a worker holds a lease; a generator's has at least one committed token."""
 
 
-def kill_at_work(run: Run, name: str, kind: str) -> None:
+ORDERS = [
+    # A sample ends only after its first progress was acknowledged: none of those acknowledged has ended.
+    Order(actor="generator-0", at="received:Acks", action="stop"),
+    Order(actor="reward-0", at="received:Leases", where={"kind": "score"}, action="stop"),
+]
+
+
+def kill_at_work(run: Run, name: str, kind: str, *, pid: int) -> None:
     """SIGKILL a worker that holds a lease; the rows show that it did, who noticed when, and who took over."""
-    pid = run.pid(name)
-    incarnation = run.until(AT_WORK[kind], name)
+    incarnation = one(run.path, AT_WORK[kind], name)
+    assert incarnation, "it holds no lease"
     assert one(run.path, "select pid from members where incarnation = ?", incarnation) == pid
     family = descendants(pid)
     killed = kill(pid)
@@ -56,9 +65,12 @@ def kill_at_work(run: Run, name: str, kind: str) -> None:
 def test_killed_workers_cost_their_current_work_only(
     tmp_path: Path, model: Path, slow: dict[str, Any]
 ) -> None:
-    with launched(tmp_path, model, {**slow, "run.num_rollout": 8}) as run:
-        kill_at_work(run, "generator-0", "generate")
-        kill_at_work(run, "reward-0", "score")
+    # Who stands still may do so for as long as this test takes to look at it.
+    options = {**slow, "run.num_rollout": 8, "run.dead_after_s": 60.0}
+    with launched(tmp_path, model, options, orders=ORDERS) as run:
+        generator, reward = standing(run, 0), standing(run, 1)
+        kill_at_work(run, "generator-0", "generate", pid=generator)
+        kill_at_work(run, "reward-0", "score", pid=reward)
         assert run.end() == ExitCode.FINISHED, run.text
         assert "generator-0 was killed by signal 9" in run.text
     assert_closed(run.path)

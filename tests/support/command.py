@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import msgspec
+
+from asyncrl.chaos import ORDERS, Order
 from asyncrl.errors import AsyncrlError
 from asyncrl.messages.supervision import StatusRequest
 from asyncrl.run.remote import find, question
@@ -45,9 +48,9 @@ MARK = "ASYNCRL_TEST_JOB"
 """Environment variable that everything a job starts inherits, so that nothing of it is overlooked."""
 
 
-def _environment(mark: str = "") -> dict[str, str]:
+def _environment(mark: str = "", **more: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", MARK: mark}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", MARK: mark, **more}
 
 
 def _command(arguments: Sequence[str | Path]) -> list[str]:
@@ -75,14 +78,14 @@ class Job:
     What is left of it when its `with` block ends is killed. If it had ended by itself, nothing may be left.
     """
 
-    def __init__(self, *arguments: str | Path, cwd: Path, output: Path) -> None:
+    def __init__(self, *arguments: str | Path, cwd: Path, output: Path, **environment: str) -> None:
         self._output = output
         self._mark = uuid.uuid4().hex
         with output.open("wb") as file:
             self.process = subprocess.Popen(
                 _command(arguments),
                 cwd=cwd,
-                env=_environment(self._mark),
+                env=_environment(self._mark, **environment),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -180,11 +183,23 @@ class Run(Job):
 
 
 @contextmanager
-def launched(place: Path, model: Path, options: Options | None = None, *, name: str = "run") -> Iterator[Run]:
-    """A new run, live."""
+def launched(
+    place: Path,
+    model: Path,
+    options: Options | None = None,
+    *,
+    name: str = "run",
+    orders: Sequence[Order] = (),
+) -> Iterator[Run]:
+    """A new run, live; its processes fail as ordered."""
     topology = write_topology(place, model, options)
+    environment = {}
+    if orders:
+        file = place / f"{name}-orders.json"
+        file.write_bytes(msgspec.json.encode(orders))
+        environment[ORDERS] = str(file)
     arguments = ("launch", "--topology", topology, "--name", name, "--plain")
-    with Run(*arguments, cwd=place, output=place / f"{name}.out") as run:
+    with Run(*arguments, cwd=place, output=place / f"{name}.out", **environment) as run:
         run.path = place / "runs" / name
         yield run
 

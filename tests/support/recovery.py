@@ -8,12 +8,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from asyncrl.chaos import read_journal
 from asyncrl.errors import ExitCode
 from asyncrl.run.replay import Replay
 from tests.support.books import assert_closed, one, rows
-from tests.support.command import Run
-from tests.support.processes import wait_until
+from tests.support.command import RUN_S, Run
+from tests.support.processes import stat, wait_until
 
 BACK_S = 20.0
 """A new life is there, and knows where it is, within this time (imports of torch on busy cores included)."""
@@ -70,6 +72,26 @@ def catch(pid: int, state: Callable[[], bool], what: str, *, deadline_s: float =
         return False
 
     wait_until(caught, what, deadline_s=deadline_s)
+
+
+def carried_out(run: Run, index: int) -> dict[str, Any]:
+    """The journal's line about an order of the run, once it is carried out."""
+
+    def line() -> dict[str, Any] | None:
+        found = [line for line in read_journal(run.path) if line.get("order") == index]
+        assert found or run.process.poll() is None, f"the run ended before order {index}: {run.text}"
+        return found[0] if found else None
+
+    found = wait_until(line, f"order {index}", deadline_s=RUN_S, show=lambda: run.text)
+    assert found is not None
+    return found
+
+
+def standing(run: Run, index: int) -> int:
+    """Process id of an actor that was ordered to stop, once it stands still."""
+    pid = int(carried_out(run, index)["pid"])
+    wait_until(lambda: (stat(pid) or (0, ""))[1] == "T", f"process {pid} to stand still")
+    return pid
 
 
 def new_pid(run: Run, name: str, old: int) -> int:
