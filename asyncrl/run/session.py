@@ -23,6 +23,7 @@ from asyncrl.obs.top import Top
 from asyncrl.obs.view import PlanUpdate, RunView, Update
 from asyncrl.run.rundir import RunDir
 from asyncrl.topology.plan import Plan
+from asyncrl.weights.files import PREFIX, directory_of, remove_dead
 
 REFRESH_S = 0.5
 
@@ -101,6 +102,7 @@ class Session:
             try:
                 return await self.supervisor.run()
             finally:
+                self._clear_weights()
                 ticking.cancel()
                 self.top.refresh(now=time.monotonic(), force=True)
 
@@ -118,6 +120,12 @@ class Session:
             show=self._show,
             on_address=self._addressed,
         )
+
+    def _clear_weights(self) -> None:
+        """A trainer that was killed left its versions, in memory perhaps; nobody loads them any more."""
+        directory = directory_of(self.plan.topology.weights.directory, self.run_dir.path)
+        with contextlib.suppress(OSError):
+            remove_dead(directory, f"{PREFIX}-{self.plan.topology.run.name}.i")
 
     def make_launcher(self) -> Launcher:
         """What starts the processes of this launch; a harness that starts them otherwise overrides it."""

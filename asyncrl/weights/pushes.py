@@ -20,9 +20,8 @@ from asyncrl.messages.control import Published, TrainerStart
 from asyncrl.messages.version import Manifest
 from asyncrl.topology.plan import Plan
 from asyncrl.weights.carriers.stream import StreamServer, bind_stream
+from asyncrl.weights.files import directory_of
 from asyncrl.weights.publisher import Publisher, Snapshot
-
-SHM = Path("/dev/shm")  # noqa: S108 - shared memory is what this carrier is about
 
 
 class PushSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,12 +58,6 @@ def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings
 def _beside(address: str) -> str:
     """A free port of the same host."""
     return address.rpartition(":")[0] + ":0" if address.startswith("tcp://") else "tcp://127.0.0.1:0"
-
-
-def _directory(settings: PushSettings) -> str:
-    if settings.directory is not None:
-        return settings.directory
-    return str(SHM) if SHM.is_dir() else str(Path(settings.run_dir) / "weights")
 
 
 class _Job(NamedTuple):
@@ -105,7 +98,7 @@ class Pushes:
         if self._settings.address:
             self._link = bind_stream(self._settings.address, security=self._security, hub=self._hub)
         self._publisher = Publisher(
-            _directory(self._settings),
+            directory_of(self._settings.directory, self._settings.run_dir),
             run_id=self._settings.run_id,
             incarnation=start.incarnation,
             keep=self._settings.keep,
