@@ -25,6 +25,8 @@ LIFE_S = 8.0
 """From a fault to the next life of whom it hit; silence is noticed after 1.5 s, a back-off takes 0.2 s."""
 PROGRESS_S = 15.0
 """From a fault to the next trained batch; includes hellos that are said again after 5 s."""
+END_S = 15.0
+"""From the last trained batch to the end of the launch: last evaluation, last push, farewells."""
 LETHAL = ("kill", "exit")
 SHM = Path("/dev/shm")  # noqa: S108 - where versions are published
 STALLED = "no rollout step for"
@@ -214,6 +216,11 @@ def _read_books(course: Course, outcome: Outcome) -> None:
         open_leases = _count(db, "select 1 from leases where ended_at is null")
         outcome.recoveries = [*_recoveries(course, db)]
         outcome.problems += _states(course, db)
+        last = _one(db, "select max(ended) from trained")
+        slow = course.launches[-1].ended - float(last or 0.0)
+        clocks = any(order.action == "clock" for order in course.case.orders)
+        if last and slow > END_S and not clocks and len(course.launches) == 1:
+            outcome.problems.append(f"the launch ended {slow:.1f} s after the last batch, bound {END_S:g} s")
     db.close()
     counts = (
         (outcome.lost, "groups were not trained"),

@@ -113,7 +113,7 @@ def reap_others(mine: set[int]) -> None:
 
 def reap() -> dict[int, int]:
     """Exit codes of the children that have ended."""
-    ended = {}
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -9,10 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from asyncrl.chaos import Order
 from tools.chaos.moments import HELLO, MESSAGES, MOMENTS, Moment
-from tools.chaos.spec import Case, Step
+from tools.chaos.spec import Case, Expected, Step
 
+DETOURS = ("lose", "delay", "duplicate", "swap", "drop")
+"""What may happen to a message; "lose" is what a lost connection does to it."""
 SHORT_S, LONG_S = 0.8, 2.8
 """Of a stand-still: below and above run.dead_after_s (1.5 s)."""
 HOUR_S = 3600.0
@@ -41,7 +45,7 @@ def expand(seed: int, num_cases: int) -> list[Case]:
 
 
 def core() -> list[Case]:
-    """A death at every step; every other way to fail once per role; every fault of link and disk."""
+    """A death at every step; every other way to fail once per role; faults of link and disk."""
     found = [case for role, moments in MOMENTS.items() for m in moments for case in _cases(role, m, "kill")]
     for number, (role, moments) in enumerate(MOMENTS.items()):
         for shift, action in enumerate(ACTIONS[1:]):
@@ -98,31 +102,32 @@ def _steps(action: str, order: int) -> list[Step]:
 
 
 def _links(*, core: bool) -> Iterator[Case]:
-    """Messages lost, late, repeated, swapped."""
+    """Messages lost with their connection, late, repeated, swapped; and lost on a connection that lives on."""
     for role, messages in MESSAGES.items():
         for number, at in enumerate(messages):
-            for shift, action in enumerate(("drop", "delay", "duplicate", "swap")):
-                # Of each message two faults are in the core, the others follow.
-                if core != ((number + shift) % 2 == 0):
-                    continue
-                yield Case(
-                    name=f"{role}: {action} {at}",
-                    role=role,
-                    orders=[
-                        Order(
-                            actor=ACTORS.get(role, role),
-                            at=at,
-                            action=action,
-                            nth=2
-                            if at not in HELLO and role != "evaluator" and at != "receive:Retire"
-                            else 1,
-                            seconds=0.7 if action == "delay" else 0.0,
-                        )
-                    ],
-                    # A message never gets lost on a connection that lives on: that nobody can repair, but it
-                    # may not go unnoticed either.
-                    expect="finish or stall" if action == "drop" else "finish",
-                )
+            for shift, action in enumerate(DETOURS):
+                # Of each message the loss is in the core, and one more fault; the others follow.
+                first = action == "lose" or shift == 1 + number % (len(DETOURS) - 1)
+                if core == first:
+                    yield _link(role, at, action)
+
+
+def _link(role: str, at: str, action: str) -> Case:
+    once = at in HELLO or role == "evaluator" or at == "receive:Retire"
+    orders = [
+        Order(
+            actor=ACTORS.get(role, role),
+            at=at,
+            action=what,
+            nth=1 if once else 2,
+            seconds=0.7 if what == "delay" else 0.0,
+        )
+        for what in (("drop", "cut") if action == "lose" else (action,))
+    ]
+    # No transport loses a message on a connection that lives on: nobody can notice that one, but the stall
+    # that follows has a name, and the resumed run finishes.
+    expect: Expected = "finish or stall" if action == "drop" else "finish"
+    return Case(name=f"{role}: {action} {at}", role=role, orders=orders, expect=expect)
 
 
 def _cuts() -> Iterator[Case]:
@@ -170,22 +175,24 @@ def _disks() -> Iterator[Case]:
 
 
 def _damages() -> Iterator[Case]:
+    """What is found when everything was lost and the run is resumed."""
     mark = Order(actor="trainer", at="sent:Trained", nth=3, action="freeze", seconds=0.4)
-    lost = {"orders": [mark], "steps": [Step(do="lose")]}
-    yield Case(
-        name="all: read-only disk at the resumption", role="all", damage="read-only", disk=True,
-        expect="fail", says="read-only|readonly", **lost,
+    lost = Case(name="", role="all", orders=[mark], steps=[Step(do="lose")])
+    change = msgspec.structs.replace
+    yield change(
+        lost, name="all: read-only disk at the resumption", damage="read-only", disk=True, expect="fail",
+        says="read-only|readonly",
     )  # fmt: skip
-    yield Case(
-        name="all: corrupted page", role="all", damage="corrupt page", lasting=True, expect="fail",
-        says="malformed|corrupt|not a database", **lost,
+    yield change(
+        lost, name="all: corrupted page", damage="corrupt page", lasting=True, expect="fail",
+        says="malformed|corrupt|not a database",
     )  # fmt: skip
-    yield Case(
-        name="all: segment cut short", role="all", damage="cut segment", lasting=True, expect="fail",
-        says="cut short", **lost,
+    yield change(
+        lost, name="all: segment cut short", damage="cut segment", lasting=True, expect="fail",
+        says="cut short",
     )  # fmt: skip
-    yield Case(name="all: torn segment", role="all", damage="torn segment", **lost)
-    yield Case(name="all: torn log", role="all", damage="torn log", **lost)
+    yield change(lost, name="all: torn segment", damage="torn segment")
+    yield change(lost, name="all: torn log", damage="torn log")
 
 
 def _everything() -> Iterator[Case]:

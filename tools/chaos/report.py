@@ -39,7 +39,7 @@ def repeat(outcome: Outcome) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """A row per role, as Markdown."""
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for role in ROLES:
         mine = [outcome for outcome in outcomes if outcome.role == role]
         if mine:
