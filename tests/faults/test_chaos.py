@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from asyncrl.chaos import Order
+from tests.support.command import asyncrl
 from tests.support.processes import descendants, wait_until
 from tools.chaos.matrix import core, expand, matrix
 from tools.chaos.spec import Case, read
@@ -34,10 +35,12 @@ SLICE = (
     "trainer: kill mid-publish, not told",
     "supervisor: kill mid-run",
     "all: lost, trainer batch delivered, not trained",
-    "generator: connection cut sent:Reports",
+    "generator: lose receive:Welcome",
+    "trainer: kill the run ends",
     "all: corrupted page",
+    "buffer: disk full at sent:Leases",
 )
-"""One death per role, all at once, a lost connection, a damaged database."""
+"""One death per role, all at once, a lost connection, an end without a trainer, a damaged and a full disk."""
 
 
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -65,7 +68,10 @@ def test_a_slice_of_the_matrix(tmp_path: Path) -> None:
     known = {case.name: case for case in core()}
     code, text, found = outcomes(tmp_path, [known[name] for name in SLICE])
     assert code == 0, text
-    assert {name: outcome["verdict"] for name, outcome in found.items()} == dict.fromkeys(SLICE, "ok"), text
+    verdicts = {name: outcome["verdict"] for name, outcome in found.items()}
+    # Where no disk of its own can be mounted, the last case is skipped, and says so.
+    assert verdicts.pop(SLICE[-1]) in {"ok", "skipped"}, text
+    assert verdicts == dict.fromkeys(SLICE[:-1], "ok"), text
     assert all(
         outcome["lost"] == outcome["twice"] == outcome["differently"] == 0 for outcome in found.values()
     )
@@ -95,6 +101,9 @@ def test_what_does_not_hold_is_found_and_can_be_repeated(tmp_path: Path) -> None
     for outcome in found.values():
         assert Path(outcome["run_dir"], "buffer.db").exists(), "the run was not kept"
         assert f"repeat: python -m tools.chaos --case '{outcome['spec']}'" in text
+    # The weights that forked processes trained are those that an executed one trains, to the bit.
+    replayed = asyncrl("replay", found["unreachable"]["run_dir"], cwd=tmp_path, deadline_s=RUN_S)
+    assert replayed.code == 0, replayed.text
 
 
 def test_an_interrupt_ends_everything(tmp_path: Path) -> None:

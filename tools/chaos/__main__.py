@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tools.chaos import harness, report, world
 from tools.chaos.checks import Outcome
-from tools.chaos.matrix import expand, matrix
+from tools.chaos.matrix import expand, matrix, schedules
 from tools.chaos.spec import read
 
 INTERRUPTED = 130
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring."""
     given = _arguments(sys.argv[1:] if argv is None else argv)
     cases = [read(text) for text in given.case] or expand(given.seed, given.cases)
+    if given.random:
+        cases = schedules(given.seed, given.cases)
     if given.only:
         cases = [case for case in matrix() if given.only in case.name]
     if given.list:
@@ -70,6 +72,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--case", action="append", default=[], metavar="SPEC", help="as a failing case prints it"
     )
+    parser.add_argument("--random", action="store_true", help="random schedules only")
     parser.add_argument("--only", metavar="WORDS", help="cases of the matrix whose name has these words")
     parser.add_argument("--jobs", type=int, default=2, metavar="J", help="cases at a time")
     parser.add_argument("--json", type=Path, metavar="OUT")

@@ -40,8 +40,12 @@ def expand(seed: int, num_cases: int) -> list[Case]:
     for part in (core(), rest()):
         draw.shuffle(part)
         cases += part
-    numbers = range(max(0, num_cases - len(cases)))
-    return [*cases, *(_schedule(random.Random(f"{seed}:{n}"), n) for n in numbers)][:num_cases]
+    return [*cases, *schedules(seed, max(0, num_cases - len(cases)))][:num_cases]
+
+
+def schedules(seed: int, num_cases: int) -> list[Case]:
+    """The first random schedules of a seed."""
+    return [_schedule(random.Random(f"{seed}:{number}"), number) for number in range(num_cases)]
 
 
 def core() -> list[Case]:
@@ -102,7 +106,7 @@ def _steps(action: str, order: int) -> list[Step]:
 
 
 def _links(*, core: bool) -> Iterator[Case]:
-    """Messages lost with their connection, late, repeated, swapped; and lost on a connection that lives on."""
+    """Messages lost with their connection, late, repeated, swapped; lost on a connection that lives."""
     for role, messages in MESSAGES.items():
         for number, at in enumerate(messages):
             for shift, action in enumerate(DETOURS):
