@@ -5,8 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+N ?= 200
+SEED ?= 0
+JOBS ?= 2
 
-.PHONY: help install quickstart test check bench clean
+.PHONY: help install quickstart test check bench chaos clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +38,9 @@ check: $(STAMP)  ## lint and types
 
 bench: tiny_model/recipe.json  ## the benchmark tables of the README
 	$(BIN)/python -m tools.bench
+
+chaos: $(STAMP)  ## kill every process at every step, N=200 cases of SEED=0, JOBS=2 at a time
+	$(BIN)/python -m tools.chaos --cases $(N) --seed $(SEED) --jobs $(JOBS)
 
 clean:  ## remove .venv, the tiny model and runs
 	rm -rf $(VENV) tiny_model runs

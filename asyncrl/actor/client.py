@@ -116,6 +116,10 @@ class DeskActor(Actor):
         try:
             while time.monotonic() < ends:
                 if not (await asyncio.wait([receiving], timeout=every_s))[0]:
+                    if desk.cuts > self._cuts:
+                        # Our hello or its answer may be lost; a desk that has the hello will not ask for it.
+                        self._cuts = desk.cuts
+                        await self._greet("unknown")
                     await self.beat()
                     continue
                 message = receiving.result().message

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -94,11 +95,11 @@ async def live(actors: list[Actor]) -> ExitCode:
     return max(codes)
 
 
-def main() -> None:
-    """Entry of `python -m asyncrl.actor.host`."""
-    options = _arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of `python -m asyncrl.actor.host`, and of a forked process, which gets its arguments here."""
+    options = _arguments(arguments)
     if options.parent:
-        _die_with(options.parent)
+        die_with(options.parent)
     # The terminal's Ctrl-C is the supervisor's to interpret.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     plan = msgspec.json.decode((options.run_dir / "plan.json").read_bytes(), type=Plan)
@@ -150,13 +151,14 @@ def report(error: BaseException) -> ExitCode:
     return ExitCode.FAILED
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Have the kernel send SIGKILL to this process when its parent, which is this one, is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="asyncrl-actor", description="One process of a run.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("process")
@@ -168,7 +170,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--role", default="")
     parser.add_argument("--index", type=int, default=None)
     parser.add_argument("--parent", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,18 @@ class Launcher(Protocol):
         """Start one; returns at once."""
 
 
+def host_arguments(
+    process: str, *, run_dir: Path, attempt_dir: Path, incarnation: str, control: str, buffer: str,
+    resumed: bool, parent: int,
+) -> list[str]:  # fmt: skip
+    """The command line of `asyncrl.actor.host` for one process, without the interpreter."""
+    arguments = [
+        str(run_dir), process, "--attempt-dir", str(attempt_dir), "--control", control,
+        "--incarnation", incarnation, "--buffer", buffer, "--parent", str(parent),
+    ]  # fmt: skip
+    return [*arguments, "--resumed"] if resumed else arguments
+
+
 @dataclass(kw_only=True)
 class ProcessLauncher:
     """Child processes: `python -m asyncrl.actor.host`."""
@@ -59,13 +71,11 @@ class ProcessLauncher:
         self, process: ProcessPlan, *, incarnation: str, control: str, buffer: str, resumed: bool
     ) -> Handle:
         """See `Launcher`."""
-        arguments = [
-            sys.executable, "-m", "asyncrl.actor.host", str(self.run_dir), process.name,
-            "--attempt-dir", str(self.attempt_dir), "--control", control, "--incarnation", incarnation,
-            "--buffer", buffer, "--parent", str(os.getpid()),
-        ]  # fmt: skip
-        if resumed:
-            arguments.append("--resumed")
+        arguments = host_arguments(
+            process.name, run_dir=self.run_dir, attempt_dir=self.attempt_dir, incarnation=incarnation,
+            control=control, buffer=buffer, resumed=resumed, parent=os.getpid(),
+        )  # fmt: skip
+        arguments = [sys.executable, "-m", "asyncrl.actor.host", *arguments]
         output = (self.attempt_dir / "log" / f"{process.name}.out").open("ab")
         try:
             child = await asyncio.create_subprocess_exec(

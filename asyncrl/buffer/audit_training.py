@@ -325,14 +325,17 @@ def _feasible(view: View) -> Finding:
 
 
 def _evaluations(view: View) -> Finding:
-    """An evaluation is done when all of its groups are settled; every group of the lane belongs to one."""
+    """An evaluation is done when all of its groups are settled; every group of the lane belongs to one.
+
+    One that was given up, as its version was lost with the trainer, is never done; nothing of it is open.
+    """
     bad = view.rows(
-        "select e.version, e.incarnation from evaluations e where (e.done_at is null) <> (exists (select 1"
-        " from groups g"
-        " where g.lane = 'eval' and g.version = e.version and g.incarnation = e.incarnation and g.reason is"
-        " null))"
-        " and (e.done_at is not null or exists (select 1 from groups g where g.lane = 'eval'"
-        " and g.version = e.version and g.incarnation = e.incarnation)) or (e.seen and e.done_at is null)"
+        "select version, incarnation from (select e.version, e.incarnation, e.done_at, e.seen, exists (select"
+        " 1 from groups g where g.lane = 'eval' and g.version = e.version and g.incarnation = e.incarnation)"
+        " as any, exists (select 1 from groups g where g.lane = 'eval' and g.version = e.version"
+        " and g.incarnation = e.incarnation and g.reason is null) as open from evaluations e)"
+        " where case when seen < 0 then open or done_at is not null"
+        " else (done_at is null) <> open and (done_at is not null or any) or (seen and done_at is null) end"
     )
     words = (
         "evaluation of version {}.{}: done or seen does not agree with its groups".format(*bad[0])

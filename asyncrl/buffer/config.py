@@ -34,6 +34,8 @@ class LedgerConfig(msgspec.Struct, frozen=True, kw_only=True):
     eval_interval: int | None = None
     skip_eval_before_train: bool = False
     eval_share: float = 0.5
+    update_weights_interval: int = 0
+    """Rollout steps between versions, for noticing that one was left out; 0: not known."""
     prompt_lead: int = 0
     """Fresh groups kept at the desk beyond those outstanding; 0: one batch."""
 
@@ -67,4 +69,5 @@ def ledger_config(plan: Plan) -> LedgerConfig:
         eval_interval=topology.eval.eval_interval,
         skip_eval_before_train=topology.eval.skip_eval_before_train,
         eval_share=topology.buffer.eval_share,
+        update_weights_interval=rollout.update_weights_interval,
     )

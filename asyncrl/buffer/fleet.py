@@ -7,7 +7,7 @@ plus incarnation, never an address.
 
 from __future__ import annotations
 
-from asyncrl.buffer.states import LeaseRecord, WorkerRecord
+from asyncrl.buffer.states import GroupRecord, LeaseRecord, WorkerRecord
 from asyncrl.messages.control import Hello, Kind, Want
 
 
@@ -102,6 +102,11 @@ class Fleet:
         worker.leases.add(lease.fence)
         worker.credit[lease.kind] -= len(lease.indices)
         worker.credit_bytes -= lease.num_bytes
+
+    def leases_on(self, group: GroupRecord) -> list[LeaseRecord]:
+        """Leases on any sample of a group, or on the group itself."""
+        fences = {sample.fence for sample in group.samples} | {group.fence}
+        return [self.leases[fence] for fence in sorted(fences) if fence in self.leases]
 
     def fits(self, worker: WorkerRecord, num_bytes: int) -> bool:
         """Whether the worker's byte window takes an item; one larger than it passes when it holds nothing."""

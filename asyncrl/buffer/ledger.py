@@ -119,7 +119,7 @@ class Ledger:
             return
         committed = report.offset + report.num_tokens <= sample.tokens
         if committed and (sample.state != GENERATING or report.num_tokens):
-            self._accept(worker, report, sample, sample.tokens)
+            self._accept(worker, report, sample)
             return
         if sample.state != GENERATING or report.offset != sample.tokens:
             reason = f"offset {report.offset} is not the committed length {sample.tokens}"
@@ -130,10 +130,8 @@ class Ledger:
         if report.num_tokens and frame is not None:
             self.book.add_tokens(group, sample, report, worker.name, frame)
             lease.progressed = True
-        # Taken before the sample advances: one that keeps no partial answer has no tokens afterwards.
-        committed_tokens = sample.tokens
         self._advance(group, sample, lease, report, now)
-        self._accept(worker, report, sample, committed_tokens)
+        self._accept(worker, report, sample)
 
     def _advance(
         self, group: GroupRecord, sample: SampleRecord, lease: LeaseRecord, report: Report, now: float
@@ -176,8 +174,10 @@ class Ledger:
             self.queues.generated(group, sample)
             self.book.touch(group, sample)
 
-    def _accept(self, worker: WorkerRecord, report: Report, sample: SampleRecord, offset: int) -> None:
+    def _accept(self, worker: WorkerRecord, report: Report, sample: SampleRecord) -> None:
         last = sample.state != GENERATING
+        # An answer that is handed back and not kept has no tokens any more.
+        offset = report.offset + report.num_tokens if last else sample.tokens
         ack = Ack(report.fence, report.group_id, report.index, offset, accepted=True, last=last)
         self.book.acknowledge(worker.peer, ack)
 
@@ -352,7 +352,7 @@ class Ledger:
         self._settle(group, Settled.SURPLUS if surplus else Settled.STALE, now, f"due in batch {group.due}")
 
     def _settle(self, group: GroupRecord, reason: Settled, now: float, note: str = "") -> None:
-        for lease in self._leases_on(group):
+        for lease in self.fleet.leases_on(group):
             self.end_lease(lease, f"group {reason}", now)
         self.batches.drop(group)
         self.book.settle(group, reason, now, note)
@@ -369,10 +369,6 @@ class Ledger:
         self.book.row("evaluation_gone", *gone.key)
         for group in [g for g in self.book.groups.values() if g.lane is Lane.EVAL]:
             self._settle(group, Settled.UNNEEDED, now, "the evaluated version was lost with the trainer")
-
-    def _leases_on(self, group: GroupRecord) -> list[LeaseRecord]:
-        fences = {sample.fence for sample in group.samples} | {group.fence}
-        return [self.fleet.leases[fence] for fence in sorted(fences) if fence in self.fleet.leases]
 
     def _maybe_end_evaluation(self, now: float) -> None:
         evaluation = self.versions.evaluation

@@ -12,6 +12,7 @@ from asyncrl.messages.control import (
     Committed,
     Finish,
     Hello,
+    HelloAgain,
     Kind,
     Lease,
     Leases,
@@ -203,9 +204,31 @@ class Members:
 
     # The trainer.
 
+    def _lost_some(self, worker: WorkerRecord, steps: int, *, version: bool = False) -> bool:
+        """Whether the trainer speaks of more than it has told of, so that words of its own were lost.
+
+        It is asked for all of them again, in order, which it says after a hello.
+
+        Args:
+            worker: the trainer's present life.
+            steps: batches that have to be trained before this can be true.
+            version: it tells of a version, and none may be left out.
+        """
+        ledger = self.ledger
+        lost = steps > ledger.batches.num_trained
+        if version and ledger.config.update_weights_interval:
+            old = ledger.versions.published
+            latest = 0 if old is None else old.version + ledger.config.update_weights_interval
+            lost = lost or steps > latest
+        if lost:
+            ledger.book.send(worker.peer, HelloAgain(desk=self.life))
+        return lost
+
     def trained(self, worker: WorkerRecord, message: Trained, now: float) -> None:
         """A batch is trained; a repeat, or the word of a replaced trainer, changes nothing."""
         ledger = self.ledger
+        if message.incarnation == self.incarnation and self._lost_some(worker, message.batch):
+            return
         known = message.batch in ledger.batches.records and message.batch <= ledger.batches.num_trained
         if message.incarnation != self.incarnation or not known:
             ledger.book.totals["refused.results"] += 1
@@ -229,6 +252,9 @@ class Members:
         ledger, manifest = self.ledger, message.manifest
         old = ledger.versions.published
         behind = old is not None and manifest.version < old.version
+        mine = worker.incarnation == self.trainer_life
+        if mine and self._lost_some(worker, manifest.version, version=True):
+            return
         if worker.incarnation != self.trainer_life or behind:
             ledger.book.totals["refused.results"] += 1
             return
@@ -246,6 +272,8 @@ class Members:
         ledger = self.ledger
         if message.incarnation != self.incarnation:
             ledger.book.totals["refused.results"] += 1
+            return
+        if self._lost_some(worker, message.rollout_step):
             return
         self.checkpoints[message.rollout_step] = message.path
         ledger.saved = max(ledger.saved, message.rollout_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -20,9 +21,9 @@ from asyncrl.topology.words import schedule_in_words, warnings
 
 def launch(
     topology: Path | None, *, overrides: list[str], resume: Path | None, in_process: bool, name: str | None,
-    plain: bool,
+    plain: bool, make_session: Callable[..., Session] = Session,
 ) -> int:  # fmt: skip
-    """Run to the end; returns the exit code."""
+    """Run to the end; returns the exit code. `make_session` is called as `Session` is."""
     if (topology is None) == (resume is None):
         raise ConfigError(
             "launch needs either --topology FILE, for a new run, or --resume RUN, to continue one"
@@ -34,7 +35,8 @@ def launch(
         assert topology is not None
         plan, run = _new_run(topology, overrides, name)
     try:
-        return _live(plan, run, in_process=in_process, resumed=resume is not None, plain=plain)
+        session = make_session(plan, run, in_process=in_process, resumed=resume is not None, plain=plain)
+        return _live(session)
     finally:
         run.close()
 
@@ -73,15 +75,14 @@ def _check_unchanged(plan: Plan, changed: Plan) -> None:
         raise ConfigError(*problems)
 
 
-def _live(plan: Plan, run: RunDir, *, in_process: bool, resumed: bool, plain: bool) -> int:
+def _live(session: Session) -> int:
     console = Console(highlight=False)
-    for line in schedule_in_words(plan):
+    for line in schedule_in_words(session.plan):
         console.print(f"  {line}", soft_wrap=True)
-    for line in warnings(plan):
+    for line in warnings(session.plan):
         console.print(f"  warning: {line}", soft_wrap=True)
-    session = Session(plan, run, in_process=in_process, resumed=resumed, plain=plain)
     code = session.live()
     code = conclude(session, code, console=console)
     if code is ExitCode.DRAINED:
-        console.print(f"resume with: {resumable(run)}", soft_wrap=True)
+        console.print(f"resume with: {resumable(session.run_dir)}", soft_wrap=True)
     return int(code)

@@ -83,8 +83,14 @@ class RunDir:
         return run
 
     def lock(self) -> None:
-        """Hold the directory. Raises ConfigError when a live run has it."""
-        lock = (self.path / "lock").open("ab")
+        """Hold the directory. Raises ConfigError when a live run has it, StorageError for a bad disk."""
+        try:
+            lock = (self.path / "lock").open("ab")
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be written: {error.strerror}; make it writable, then go on with "
+                f"`asyncrl launch --resume {self.path}`"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -95,10 +101,13 @@ class RunDir:
         self._lock = lock
 
     def new_attempt(self) -> Path:
-        """The directory of this launch's logs."""
+        """The directory of this launch's logs. Raises StorageError."""
         numbers = [int(p.name.split("-")[1]) for p in self.path.glob("attempt-*")]
         attempt = self.path / f"attempt-{max(numbers, default=0) + 1:03d}"
-        (attempt / "log").mkdir(parents=True)
+        try:
+            (attempt / "log").mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"{attempt}: cannot be made: {error.strerror}") from error
         return attempt
 
     def write_plan(self, plan: Plan, *, source: str = "") -> None:

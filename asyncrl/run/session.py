@@ -13,9 +13,10 @@ import time
 
 from rich.console import Console
 
+from asyncrl.actor.base import first_error
 from asyncrl.actor.launchers import Launcher, ProcessLauncher, TaskLauncher
 from asyncrl.actor.supervisor import Supervisor
-from asyncrl.errors import ExitCode
+from asyncrl.errors import ExitCode, StorageError
 from asyncrl.link import Hub, Key, check_private, read_key
 from asyncrl.obs import log
 from asyncrl.obs.stacks import answering
@@ -23,6 +24,7 @@ from asyncrl.obs.top import Top
 from asyncrl.obs.view import PlanUpdate, RunView, Update
 from asyncrl.run.rundir import RunDir
 from asyncrl.topology.plan import Plan
+from asyncrl.weights.files import PREFIX, directory_of, remove_dead
 
 REFRESH_S = 0.5
 
@@ -58,11 +60,17 @@ class Session:
         try:
             with answering():
                 code: ExitCode = uvloop.run(self._live())
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
         finally:
             logging.close()
         detail = self.supervisor.failure if self.supervisor is not None else ""
         phase = {ExitCode.FINISHED: "finished", ExitCode.DRAINED: "drained"}.get(code, "failed")
-        self.run_dir.set_status(phase=phase, exit_code=int(code), detail=detail, address="", pid=0)
+        try:
+            self.run_dir.set_status(phase=phase, exit_code=int(code), detail=detail, address="", pid=0)
+        except StorageError as error:
+            # A disk that takes no status is seldom the first to say so.
+            raise StorageError("; ".join(filter(None, [detail, str(error)]))) from error
         return code
 
     @property
@@ -96,22 +104,16 @@ class Session:
             try:
                 return await self.supervisor.run()
             finally:
+                self._clear_weights()
                 ticking.cancel()
                 self.top.refresh(now=time.monotonic(), force=True)
 
     def _make_supervisor(self, key: Key | None) -> Supervisor:
         address = "memory://control" if self.hub is not None else self.plan.topology.run.address
         check_private(address, security=key)
-        launcher: Launcher
-        if self.hub is not None:
-            launcher = TaskLauncher(
-                run_dir=self.run_dir.path, attempt_dir=self.attempt_dir, plan=self.plan, hub=self.hub
-            )
-        else:
-            launcher = ProcessLauncher(run_dir=self.run_dir.path, attempt_dir=self.attempt_dir)
         return Supervisor(
             self.plan,
-            launcher=launcher,
+            launcher=self.make_launcher(),
             run_dir=self.run_dir.path,
             address=address,
             key=key,
@@ -120,6 +122,20 @@ class Session:
             show=self._show,
             on_address=self._addressed,
         )
+
+    def _clear_weights(self) -> None:
+        """A trainer that was killed left its versions, in memory perhaps; nobody loads them any more."""
+        directory = directory_of(self.plan.topology.weights.directory, self.run_dir.path)
+        with contextlib.suppress(OSError):
+            remove_dead(directory, f"{PREFIX}-{self.plan.topology.run.name}.i")
+
+    def make_launcher(self) -> Launcher:
+        """What starts the processes of this launch; a harness that starts them otherwise overrides it."""
+        if self.hub is not None:
+            return TaskLauncher(
+                run_dir=self.run_dir.path, attempt_dir=self.attempt_dir, plan=self.plan, hub=self.hub
+            )
+        return ProcessLauncher(run_dir=self.run_dir.path, attempt_dir=self.attempt_dir)
 
     def _addressed(self, address: str, buffer_address: str) -> None:
         self.run_dir.set_status(phase="running", address=address, buffer_address=buffer_address)

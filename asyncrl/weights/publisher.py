@@ -11,7 +11,6 @@ under its final name, or not at all. It announces nothing and decides nothing ab
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import re
 import threading
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import torch
 
 from asyncrl.errors import ConfigError, StorageError
 from asyncrl.messages.version import Manifest, TensorEntry
+from asyncrl.weights import files
 from asyncrl.weights import manifest as manifests
 from asyncrl.weights.host import host_identity
 
@@ -53,7 +53,7 @@ class Publisher:
         run_id: str,
         incarnation: int,
         keep: int = 2,
-        prefix: str = "asyncrl",
+        prefix: str = files.PREFIX,
         address: str = "",
     ) -> None:
         """Take over a directory for one run and one life of its trainer.
@@ -165,7 +165,7 @@ class Publisher:
             self._published.clear()
             self._free.clear()
         if not self._lock.closed:
-            self._remove_files_of(self._incarnation)
+            files.remove_files_of(self._directory, self._stem, life=self._incarnation)
             Path(self._lock.name).unlink(missing_ok=True)
             self._lock.close()
 
@@ -174,38 +174,16 @@ class Publisher:
             self._directory.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as undo:
                 lock = undo.enter_context(self._lock_path(self._incarnation).open("ab"))
-                if not _try_lock(lock):
+                if not files.try_lock(lock):
                     raise ConfigError(
                         f"{self._directory}: trainer {self._incarnation} of run {self._run_id} is alive and "
                         "publishes there; stop it first"
                     )
-                self._remove_leftovers()
+                files.remove_dead(self._directory, self._stem, alive=self._incarnation)
                 undo.pop_all()
         except OSError as error:
             raise StorageError(f"{self._directory}: weights cannot be published there: {error}") from error
         return lock
-
-    def _remove_leftovers(self) -> None:
-        """Remove the files of this run whose publisher is dead: nobody holds its lock any more."""
-        for incarnation in sorted({incarnation for incarnation, _ in self._files()}):
-            if incarnation == self._incarnation:
-                self._remove_files_of(incarnation)
-                continue
-            with self._lock_path(incarnation).open("ab") as lock:
-                if _try_lock(lock):
-                    self._remove_files_of(incarnation)
-                    Path(lock.name).unlink(missing_ok=True)
-
-    def _remove_files_of(self, incarnation: int) -> None:
-        for owner, path in self._files():
-            if owner == incarnation and path.suffix != ".lock":
-                path.unlink(missing_ok=True)
-
-    def _files(self) -> list[tuple[int, Path]]:
-        """The files of this run, whoever made them, with the incarnation that did."""
-        name = re.compile(re.escape(self._stem) + r"(\d+)\.(lock|v\d+\.(weights|tmp))")
-        matches = [(name.fullmatch(path.name), path) for path in self._directory.iterdir()]
-        return [(int(match[1]), path) for match, path in matches if match]
 
     def _path(self, version: int) -> Path:
         return self._directory / f"{self._stem}{self._incarnation}.v{version:06d}.weights"
@@ -245,12 +223,3 @@ def _write_whole(path: Path, data: memoryview) -> None:
             f"{path}: {len(data)} bytes of weights cannot be written: {error.strerror}; free space there, or "
             "publish into another directory"
         ) from error
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """Take a lock that the kernel gives back when this process dies."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

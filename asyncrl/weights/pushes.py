@@ -22,9 +22,8 @@ from asyncrl.messages.version import Manifest
 from asyncrl.obs.metrics import Waits
 from asyncrl.topology.plan import Plan
 from asyncrl.weights.carriers.stream import StreamServer, bind_stream
+from asyncrl.weights.files import directory_of
 from asyncrl.weights.publisher import Publisher, Snapshot
-
-SHM = Path("/dev/shm")  # noqa: S108 - shared memory is what this carrier is about
 
 
 class PushSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,12 +63,6 @@ def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings
 def _beside(address: str) -> str:
     """A free port of the same host."""
     return address.rpartition(":")[0] + ":0" if address.startswith("tcp://") else "tcp://127.0.0.1:0"
-
-
-def _directory(settings: PushSettings) -> str:
-    if settings.directory is not None:
-        return settings.directory
-    return str(SHM) if SHM.is_dir() else str(Path(settings.run_dir) / "weights")
 
 
 class _Job(NamedTuple):
@@ -116,7 +109,7 @@ class Pushes:
         if self._settings.address:
             self._link = bind_stream(self._settings.address, security=self._security, hub=self._hub)
         self._publisher = Publisher(
-            _directory(self._settings),
+            directory_of(self._settings.directory, self._settings.run_dir),
             run_id=self._settings.run_id,
             incarnation=start.incarnation,
             keep=self._settings.keep,
@@ -142,7 +135,7 @@ class Pushes:
             who="the trainer",
             what=f"the version before {version} to be written and told to the buffer",
             deadline_s=self._settings.stall_s + WATCHDOG_S,
-            advice=f"look at the disk of {_directory(self._settings)} and at the buffer's log",
+            advice=f"look at the disk of {directory_of(self._settings.directory, self._settings.run_dir)} and at the buffer's log",
         ):
             await self._jobs.put(_Job(snapshot, version, step))
 

@@ -1,0 +1,88 @@
+"""A trainer whose words were lost on the way is asked for all of them again, and nothing is taken before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from asyncrl.messages.control import Committed, HelloAgain, Message, Published, Saved, Trained
+from asyncrl.messages.version import Manifest
+from tests.desk import Desk, make_plan
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    """A desk with a few batches trained and published."""
+    desk = Desk(tmp_path, make_plan(num_rollout=9))
+    while desk.ledger.batches.num_trained < 3:
+        desk.play(rounds=1)
+    desk.commit()
+    return desk
+
+
+def answers(desk: Desk, message: Message) -> list[Any]:
+    """What the trainer is told when it says this."""
+    before = desk.ledger.book.take()
+    assert before.empty
+    match message:
+        case Trained():
+            desk.members.trained(desk.trainer, message, desk.tick())
+        case Published():
+            desk.members.published(desk.trainer, message, desk.tick())
+        case Saved():
+            desk.members.saved(desk.trainer, message, desk.tick())
+    sends = desk.ledger.book.take().sends
+    return [item.message for item in sends if item.peer == desk.trainer.peer]
+
+
+def trained(desk: Desk, batch: int) -> Trained:
+    """The trainer's word of a batch."""
+    number = desk.members.incarnation
+    return Trained(batch=batch, incarnation=number, step=batch + 1, digest="d", started=1.0, ended=2.0)
+
+
+def published(desk: Desk, version: int) -> Published:
+    """The trainer's word of a version."""
+    number = desk.members.incarnation
+    manifest = Manifest(
+        run_id="run", version=version, incarnation=number, num_bytes=8, tensors=[], step=version, digest="d"
+    )
+    return Published(manifest=manifest)
+
+
+def test_a_batch_after_one_that_was_not_told_is_not_taken(desk: Desk) -> None:
+    known = desk.ledger.batches.num_trained
+    assert answers(desk, trained(desk, known + 1)) == [HelloAgain(desk=desk.members.life)]
+    assert desk.ledger.batches.num_trained == known
+    # A repeat is acknowledged, as ever.
+    assert answers(desk, trained(desk, known - 1)) == [Committed(what="trained", number=known - 1)]
+
+
+def test_a_version_of_batches_that_were_not_told_does_not_exist(desk: Desk) -> None:
+    newest = desk.ledger.versions.published
+    known = desk.ledger.batches.num_trained
+    assert answers(desk, published(desk, known + 1)) == [HelloAgain(desk=desk.members.life)]
+    assert desk.ledger.versions.published == newest
+
+
+def test_a_version_after_one_that_was_left_out_does_not_exist(desk: Desk) -> None:
+    newest = desk.ledger.versions.published
+    assert newest is not None
+    desk.ledger.batches.num_trained += 5  # the weights are far ahead of the newest version
+    assert answers(desk, published(desk, newest.version + 2)) == [HelloAgain(desk=desk.members.life)]
+    assert desk.ledger.versions.published == newest
+    said = answers(desk, published(desk, newest.version + 1))
+    assert said == [Committed(what="version", number=newest.version + 1)]
+
+
+def test_a_checkpoint_of_batches_that_were_not_told_does_not_exist(desk: Desk) -> None:
+    known = desk.ledger.batches.num_trained
+    saved = Saved(rollout_step=known + 1, incarnation=desk.members.incarnation, path="p", step=known + 1)
+    assert answers(desk, saved) == [HelloAgain(desk=desk.members.life)]
+    assert known + 1 not in desk.members.checkpoints
+    assert answers(desk, msgspec.structs.replace(saved, rollout_step=known)) == [
+        Committed(what="checkpoint", number=known)
+    ]
