@@ -129,13 +129,14 @@ class Pushes:
         began = time.monotonic()
         snapshot = await asyncio.to_thread(lambda: publisher.snapshot(self._weights()))
         self._record({"push/snapshot_s": time.monotonic() - began, "push/bytes": snapshot.num_bytes}, version)
+        directory = directory_of(self._settings.directory, self._settings.run_dir)
         async with awaiting(
             self._waits,
             "push",
             who="the trainer",
             what=f"the version before {version} to be written and told to the buffer",
             deadline_s=self._settings.stall_s + WATCHDOG_S,
-            advice=f"look at the disk of {directory_of(self._settings.directory, self._settings.run_dir)} and at the buffer's log",
+            advice=f"look at the disk of {directory} and at the buffer's log",
         ):
             await self._jobs.put(_Job(snapshot, version, step))
 

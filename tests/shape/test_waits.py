@@ -26,6 +26,7 @@ ALLOWED = {
     "actor/supervisor.py: run: self._over.wait()",
     # A process lives as long as it lives; it is killed when it is silent, and reaped here.
     "actor/children.py: _reap: handle.wait()",
+    "actor/forks.py: wait: self._ended.wait()",
     "actor/launchers.py: wait: self._process.wait()",
     "actor/launchers.py: wait: asyncio.wait([self._task])",
     # Loops that have nothing to do, but whose end would end their actor.

@@ -129,7 +129,7 @@ async def test_no_more_bytes_are_on_their_way_than_the_window_and_a_larger_repor
     await wire.write()
     assert [r.fence for r in wire.sent] == [0, 1]
     assert wire.outbox.on_the_way_bytes == 2 * size
-    wire.outbox.acknowledged([Ack(0, 0, 0, 100, True)])
+    wire.outbox.acknowledged([Ack(0, 0, 0, 100, True, last=True)])
     await wire.write()
     assert [r.fence for r in wire.sent] == [0, 1, 2]
     # A desk that has come back hears what it may not know, within the window; the rest follows.
@@ -179,7 +179,7 @@ async def test_what_no_message_can_carry_fails_its_sample_by_name() -> None:
     assert "at most 1000 fit a message" in last.reason
     async with asyncio.timeout(1):
         await out.report(segment(5), Status.ABORTED)  # what the engine still says changes nothing
-    wire.outbox.acknowledged([Ack(7, 12, 3, 10, True)])
+    wire.outbox.acknowledged([Ack(7, 12, 3, 10, True, last=True)])
     assert wire.outbox.fences == []
 
 
