@@ -16,7 +16,7 @@ from rich.console import Console
 from asyncrl.actor.base import first_error
 from asyncrl.actor.launchers import Launcher, ProcessLauncher, TaskLauncher
 from asyncrl.actor.supervisor import Supervisor
-from asyncrl.errors import ExitCode, StorageError
+from asyncrl.errors import AsyncrlError, ExitCode, StorageError
 from asyncrl.link import Hub, Key, check_private, read_key
 from asyncrl.obs import log
 from asyncrl.obs.stacks import answering
@@ -60,18 +60,23 @@ class Session:
         try:
             with answering():
                 code: ExitCode = uvloop.run(self._live())
-        except BaseExceptionGroup as group:
-            raise first_error(group) from None
+        except (BaseExceptionGroup, AsyncrlError) as error:
+            cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+            self._settle(cause.exit_code if isinstance(cause, AsyncrlError) else ExitCode.FAILED, str(cause))
+            raise cause from None
         finally:
             logging.close()
-        detail = self.supervisor.failure if self.supervisor is not None else ""
+        self._settle(code, self.detail)
+        return code
+
+    def _settle(self, code: ExitCode, detail: str) -> None:
+        """Write down how it ended. Raises StorageError, with `detail`, where the disk does not take it."""
         phase = {ExitCode.FINISHED: "finished", ExitCode.DRAINED: "drained"}.get(code, "failed")
         try:
             self.run_dir.set_status(phase=phase, exit_code=int(code), detail=detail, address="", pid=0)
         except StorageError as error:
             # A disk that takes no status is seldom the first to say so.
             raise StorageError("; ".join(filter(None, [detail, str(error)]))) from error
-        return code
 
     @property
     def detail(self) -> str:

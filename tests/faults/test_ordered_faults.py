@@ -60,3 +60,15 @@ def test_an_order_that_cannot_happen_ends_a_launch_before_anything_starts(
     assert 'order 0 ("generator-7" at "send:Reports"): actor: nobody of this run is called that' in run.text
     assert "Traceback" not in run.text
     assert not (run.path / "buffer.db").exists()
+
+
+def test_an_error_of_the_supervisor_itself_is_told_and_written_down(tmp_path: Path, model: Path) -> None:
+    """Fails when the session leaves the status at "running", or lets a group of exceptions through."""
+    order = Order(actor="supervisor", at="receive:Telemetry", nth=5, action="exit")
+    with launched(tmp_path, model, orders=[order]) as run:
+        assert run.end() == ExitCode.FAILED
+    assert "Traceback" not in run.text
+    status = msgspec.json.decode((run.path / "status.json").read_bytes())
+    assert (status["phase"], status["exit_code"], status["pid"]) == ("failed", 1, 0)
+    assert status["detail"] == "supervisor: ordered to fail at receive:Telemetry"
+    assert status["detail"] in run.text

@@ -134,13 +134,13 @@ async def test_no_more_bytes_are_on_their_way_than_the_window_and_a_larger_repor
     assert [r.fence for r in wire.sent] == [0, 1, 2]
     # A desk that has come back hears what it may not know, within the window; the rest follows.
     assert again(wire.outbox) == [(1, 0, 100), (2, 0, 100)]
-    wire.outbox.acknowledged([Ack(1, 0, 1, 100, True), Ack(2, 0, 2, 100, True)])
+    wire.outbox.acknowledged([Ack(n, 0, n, 100, True, last=True) for n in (1, 2)])
     await wire.write()
     assert [r.fence for r in wire.sent][3:] == [3]
-    wire.outbox.acknowledged([Ack(3, 0, 3, 100, True)])
+    wire.outbox.acknowledged([Ack(3, 0, 3, 100, True, last=True)])
     await wire.write()
     assert [r.fence for r in wire.sent][4:] == [4], "a report larger than the window never went"
-    wire.outbox.acknowledged([Ack(4, 0, 4, 1000, True)])
+    wire.outbox.acknowledged([Ack(4, 0, 4, 1000, True, last=True)])
     assert (wire.outbox.on_the_way_bytes, wire.outbox.fences) == (0, [])
 
 
