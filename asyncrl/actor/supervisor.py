@@ -100,18 +100,19 @@ class Supervisor:
             phase=lambda: self.phase,
             fail=self._fail,
         )
-        self._metrics = MetricsWriter(run_dir / "metrics" / "supervisor.jsonl")
+        self._metrics: MetricsWriter | None = None
         self.watch = Watch(
             run,
             roster=self.roster,
             kill=self.children.kill,
             show=show,
             log=self.log,
-            metrics=self._metrics,
+            record=lambda row: self._metrics and self._metrics.write(row),
         )
 
     async def run(self) -> ExitCode:
         """Start everything and see it through."""
+        self._metrics = MetricsWriter(self.run_dir / "metrics" / "supervisor.jsonl")
         self._link = bind(
             self._address,
             receives=ToSupervisor,

@@ -34,7 +34,7 @@ class World:
             kill=lambda name: not self.killed.append(name),  # type: ignore[func-returns-value]
             show=self.shown.append,
             log=structlog.stdlib.get_logger(),
-            metrics=self.metrics,
+            record=self.metrics.write,
         )
 
     def report(self, name: str, now: float = 1.0, *, role: str = "generator", **facts: Any) -> State:
