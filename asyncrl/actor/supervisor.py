@@ -101,18 +101,19 @@ class Supervisor:
             phase=lambda: self.phase,
             fail=self._fail,
         )
-        self._metrics = MetricsWriter(run_dir / "metrics" / "supervisor.jsonl")
+        self._metrics: MetricsWriter | None = None
         self.watch = Watch(
             run,
             roster=self.roster,
             kill=self.children.kill,
             show=show,
             log=self.log,
-            metrics=self._metrics,
+            record=lambda row: self._metrics and self._metrics.write(row),
         )
 
     async def run(self) -> ExitCode:
         """Start everything and see it through."""
+        self._metrics = MetricsWriter(self.run_dir / "metrics" / "supervisor.jsonl")
         life = begin_life("supervisor", plan=self.plan, run_dir=self.run_dir, in_process=self._memory)
         link = bind(
             self._address, receives=ToSupervisor, security=self._key, hub=self._hub,

@@ -18,7 +18,6 @@ from structlog.stdlib import BoundLogger
 from asyncrl.actor.health import State
 from asyncrl.actor.roster import MemberState, Roster
 from asyncrl.actor.slowness import Culling, Paces
-from asyncrl.obs.metrics import MetricsWriter
 from asyncrl.obs.view import MemberUpdate, NoteUpdate, Update
 from asyncrl.topology.schema import RunConfig
 
@@ -39,9 +38,12 @@ class Watch:
         kill: Callable[[str], bool],
         show: Callable[[Update], None],
         log: BoundLogger,
-        metrics: MetricsWriter,
+        record: Callable[[dict[str, float]], object],
     ) -> None:
-        """`kill` ends a process of ours by name and says whether there was one; `show` is for people."""
+        """`kill` ends a process of ours by name and says whether there was one.
+
+        `show` is for people, `record` for metrics.
+        """
         self.reports: dict[str, MemberUpdate] = {}
         """What each member said of itself last."""
         self._run = run
@@ -49,7 +51,7 @@ class Watch:
         self._kill = kill
         self._show = show
         self._log = log
-        self._metrics = metrics
+        self._record = record
         self._paces = Paces()
         self._culling = Culling(
             after_s=run.slow_after_s, share=run.max_slow_kills, window_s=run.restart_window_s
@@ -141,7 +143,7 @@ class Watch:
         values = {f"fleet/{state}": float(states[state]) for state in State}
         values["fleet/restarts"] = sum(budget.restarts for budget in budgets)
         values["fleet/deaths"] = sum(budget.deaths.total() for budget in budgets)
-        self._metrics.write(values)
+        self._record(values)
 
     def describe(self) -> list[dict[str, Any]]:
         """Every member as plain data."""

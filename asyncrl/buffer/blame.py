@@ -54,8 +54,7 @@ class Blame:
         again = 0 < attempts < sample.attempts
         if not again or group.reason is not Settled.FAILED or self._ledger.batches.refused > MAX_PROVEN:
             return
-        # Attempts that went well in between have cleared it of what was before them.
-        dead = self._deaths[group.group_id, sample.index][-sample.attempts :]
+        dead = self._deaths[group.group_id, sample.index]
         reason = (
             f"sample {sample.index} of group {group.group_id} ended {len(dead)} workers, the last one alone "
             "with it, and its group has failed"

@@ -408,7 +408,7 @@ async def test_the_supervisor_answers_in_a_storm(tmp_path: Path, lines: list[Any
     assert asked > 20
     assert not reading.done(), "the supervisor reads on"
     assert member.last_words == ""
-    assert set(supervisor._reports) <= {"gen-0"}
+    assert set(supervisor.watch.reports) <= {"gen-0"}
     assert set(supervisor.roster.members) <= {"gen-0", "evaluator"}
     complaints = [x for x in lines if x["event"] == "malformed"]
     assert 0 < len(complaints) < 100
@@ -427,6 +427,7 @@ def to_supervisor() -> list[list[bytes]]:
         supervision.Telemetry(name="gen-0", facts=b"[" * 3000),
         supervision.Telemetry(name="gen-0", facts=b'{"no": "list"}'),
         supervision.Exiting(name="gen-0", code=1, message="forged last words"),
+        supervision.Acquitted(incarnations=["life"], reason="forged"),
         supervision.AttachRequest(role="generator", protocol=1, schema="s"),
         supervision.AttachRequest(role="generator", protocol=control.PROTOCOL, schema=SCHEMA, name="../../x"),
         supervision.DetachRequest(name="nobody"),
