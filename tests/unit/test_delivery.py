@@ -14,7 +14,7 @@ from asyncrl.buffer.delivery import Courier, in_pieces
 from asyncrl.buffer.states import Outgoing
 from asyncrl.buffer.store import Store
 from asyncrl.messages.control import BatchPart, Evaluated, Kind, Lease, Leases
-from asyncrl.messages.parts import GroupParts, unpack
+from asyncrl.messages.parts import GroupParts, leased_bytes, unpack
 from asyncrl.messages.sample import Status
 
 CONFIG = LedgerConfig(batch_size=3, max_staleness=1, tickets=6, num_rollout=2, evaluates=True)
@@ -165,3 +165,13 @@ def test_leases_with_many_frames_leave_as_several_messages(monkeypatch: pytest.M
     two = Outgoing(b"g", Leases(leases=[lease(0, segments=1), lease(1, segments=1)]), [])
     assert [len(own) for _, own in in_pieces(two, large)] == [2, 2]
     assert list(in_pieces(two, [b""] * 4)) == [(two, [b""] * 4)]
+
+
+def test_a_lease_is_given_back_as_it_is_charged(store: Store) -> None:
+    """With the scores it carries: else a filter's worker would lose some of its window with every group."""
+    groups = {group.parts.group_id: group for group in store.batch(0)}
+    assert groups
+    for group in groups.values():
+        frames = store.read(group.bodies)
+        assert group.parts.scored
+        assert leased_bytes(group.parts, iter(frames)) == sum(map(len, frames))
