@@ -257,7 +257,7 @@ def _drawn(draw: random.Random, index: int) -> tuple[Order, Sequence[Step]]:
     return (
         Order(
             actor=_one_of(draw, role), at=order.at, action=order.action, where=order.where,
-            seconds=order.seconds, nth=draw.randint(1, moment.nth + 3),
+            seconds=order.seconds, nth=1 if moment.at == "start" else draw.randint(1, moment.nth + 3),
         ),
         _steps(action, index),
     )  # fmt: skip
