@@ -338,12 +338,16 @@ def _serve(link: socket.socket) -> int:
             os.read(reader, 512)
             _reap(link)
         if link.fileno() in ready:
-            data = link.recv(MAX_BYTES)
+            try:
+                data = link.recv(MAX_BYTES)
+            except ConnectionError:
+                return 0  # killed, with news of ours unread
             if not data:
                 return 0
             request = _FORKS.decode(data)
             pid = fork(lambda: _role(request), output=Path(request.output), env=request.env)  # noqa: B023 - forked at once
-            link.send(_ENCODER.encode(_Forked(pid)))
+            with contextlib.suppress(ConnectionError):
+                link.send(_ENCODER.encode(_Forked(pid)))
 
 
 def _reap(link: socket.socket) -> None:
@@ -354,7 +358,7 @@ def _reap(link: socket.socket) -> None:
             return
         if not pid:
             return
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             link.send(_ENCODER.encode(_Ended(pid, os.waitstatus_to_exitcode(status))))
 
 

@@ -41,6 +41,9 @@ class Desk:
             case control.Verdict():
                 ledger.verdict(worker, message, now)
             case control.Issue():
+                if message.first_group > ledger.book.next_group:
+                    # Prompts before these were lost on the way: it begins again where our cursor is.
+                    self.members.ask_again(worker)
                 ledger.issue(message, [_frame(body) for body in frames], now)
             case _:
                 self._of_an_actor(worker, message, now)

@@ -202,6 +202,10 @@ class Members:
             self._forget(identity, "did not come back after the buffer's restart", now)
         return [worker.name for worker in silent] + [name for name, _ in absent]
 
+    def ask_again(self, worker: WorkerRecord) -> None:
+        """Words of its own were lost: it says hello, and then states everything anew."""
+        self.ledger.book.send(worker.peer, HelloAgain(desk=self.life))
+
     # The trainer.
 
     def _lost_some(self, worker: WorkerRecord, steps: int, *, version: bool = False) -> bool:
@@ -221,7 +225,7 @@ class Members:
             latest = 0 if old is None else old.version + ledger.config.update_weights_interval
             lost = lost or steps > latest
         if lost:
-            ledger.book.send(worker.peer, HelloAgain(desk=self.life))
+            self.ask_again(worker)
         return lost
 
     def trained(self, worker: WorkerRecord, message: Trained, now: float) -> None:

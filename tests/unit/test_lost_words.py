@@ -1,4 +1,4 @@
-"""A trainer whose words were lost on the way is asked for all of them again, and nothing is taken before."""
+"""Who tells of more than was heard is asked for all of it again, in order, and nothing is taken before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from asyncrl.messages.control import Committed, HelloAgain, Message, Published, Saved, Trained
+from asyncrl.buffer.desk import Desk as DeskTable
+from asyncrl.messages.control import Committed, HelloAgain, Issue, Issued, Message, Published, Saved, Trained
+from asyncrl.messages.sample import Lane
 from asyncrl.messages.version import Manifest
 from tests.desk import Desk, make_plan
 
@@ -27,7 +29,11 @@ def answers(desk: Desk, message: Message) -> list[Any]:
     """What the trainer is told when it says this."""
     before = desk.ledger.book.take()
     assert before.empty
+    worker = desk.source if isinstance(message, Issue) else desk.trainer
     match message:
+        case Issue():
+            frames = [b"body" for _ in message.prompts]
+            DeskTable(desk.ledger, desk.members).take(worker, message, frames, desk.tick())
         case Trained():
             desk.members.trained(desk.trainer, message, desk.tick())
         case Published():
@@ -35,7 +41,7 @@ def answers(desk: Desk, message: Message) -> list[Any]:
         case Saved():
             desk.members.saved(desk.trainer, message, desk.tick())
     sends = desk.ledger.book.take().sends
-    return [item.message for item in sends if item.peer == desk.trainer.peer]
+    return [item.message for item in sends if item.peer == worker.peer]
 
 
 def trained(desk: Desk, batch: int) -> Trained:
@@ -51,6 +57,16 @@ def published(desk: Desk, version: int) -> Published:
         run_id="run", version=version, incarnation=number, num_bytes=8, tensors=[], step=version, digest="d"
     )
     return Published(manifest=manifest)
+
+
+def test_prompts_after_some_that_did_not_come_are_not_taken(desk: Desk) -> None:
+    free = desk.ledger.book.next_group
+    late = Issue(lane=Lane.TRAIN, first_group=free + 2, prompts=[Issued(2, 3)], cursor=b"late")
+    assert answers(desk, late) == [HelloAgain(desk=desk.members.life)]
+    assert (desk.ledger.book.next_group, desk.ledger.cursor != b"late") == (free, True)
+    repeat = msgspec.structs.replace(late, first_group=free - 1)
+    assert answers(desk, repeat) == []
+    assert desk.ledger.book.next_group == free
 
 
 def test_a_batch_after_one_that_was_not_told_is_not_taken(desk: Desk) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from asyncrl.chaos import Order
-from tools.chaos.moments import HELLO, MESSAGES, MOMENTS, Moment
+from tools.chaos.moments import HELLO, LOADING, MESSAGES, MOMENTS, Moment
 from tools.chaos.spec import Case, Expected, Step
 
 DETOURS = ("lose", "delay", "duplicate", "swap", "drop")
@@ -23,6 +23,7 @@ HOUR_S = 3600.0
 ACTORS = {"generator": "generator-0", "reward": "reward-0"}
 """Names of the roles that have several."""
 ACTIONS = ("kill", "exit", "stop", "stop and continue", "stop, replaced", "slow", "slow, replaced")
+STANDING_STILL = ("stop", "stop, replaced", "slow, replaced")
 NO_SPACE = "no space|disk|full"
 RANDOM_ORDERS = 4
 RANDOM_ACTIONS = ("kill", "kill", "kill", "exit", "stop", "stop and continue", "slow", "delay", "duplicate")
@@ -74,8 +75,8 @@ def rest() -> list[Case]:
 
 def _cases(role: str, moment: Moment, action: str) -> Iterator[Case]:
     """One case, or none where it makes no sense."""
-    if moment.at == "start" and action in {"slow", "stop and continue"}:
-        return  # nobody would notice
+    if moment.name in LOADING and action in STANDING_STILL:
+        return  # who has not reported yet may load for a long time: nobody would notice
     if role == "supervisor" and action in {"stop", "exit"}:
         return  # nobody is there to do anything about it
     yield Case(
@@ -253,11 +254,13 @@ def _drawn(draw: random.Random, index: int) -> tuple[Order, Sequence[Step]]:
     elif action in {"delay", "duplicate"}:
         action = "kill"
     moment = draw.choice(MOMENTS[role])
+    if moment.name in LOADING and action in STANDING_STILL:
+        action = "kill"
     order = _order(role, moment, action)
     return (
         Order(
             actor=_one_of(draw, role), at=order.at, action=order.action, where=order.where,
-            seconds=order.seconds, nth=draw.randint(1, moment.nth + 3),
+            seconds=order.seconds, nth=1 if moment.at == "start" else draw.randint(1, moment.nth + 3),
         ),
         _steps(action, index),
     )  # fmt: skip

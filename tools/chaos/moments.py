@@ -141,6 +141,12 @@ MOMENTS: dict[str, tuple[Moment, ...]] = {
 }
 """By role, in the order of a life."""
 
+LOADING = (
+    "at its start", "after hello", "before welcome", "mid-attach, after hello", "mid-attach, before welcome",
+    "after welcome",
+)  # fmt: skip
+"""Moments before the first report: a process that stands still there looks like one that loads a model."""
+
 MESSAGES: dict[str, tuple[str, ...]] = {
     "source": ("send:Issue", "receive:Need"),
     "evaluator": ("send:EvaluationSeen", "receive:Evaluated"),
