@@ -232,10 +232,13 @@ class SampleReports:
         """The report in flight is committed (or refused: then the lease is not ours any more).
 
         The acknowledgement of an earlier report, which came twice because the report did, changes nothing.
+        Its offset may be that of the last report, which can be without tokens; and tokens of a sample that
+        was handed back may have been thrown away. So that `ack.last` alone tells of the last report.
         """
-        if ack.accepted and (self.in_flight is None or ack.offset < self._offset):
-            return
         last = self.in_flight is not None and self.in_flight.report.status is not Status.PENDING
+        committed = ack.last if last else ack.offset >= self._offset
+        if ack.accepted and (self.in_flight is None or not committed):
+            return
         self.in_flight = None
         self._refused = not ack.accepted
         self._free.set()

@@ -67,16 +67,23 @@ class Batches:
             version: the version its generator serves.
             newest: whether that is the newest published one; under an older one the rule must still hold.
         """
+        if not self.has_ticket:
+            return False
+        due = version + self.max_staleness
+        if newest:
+            # Over-sampling leaves tickets when all the batches that a version's groups may be in are cut.
+            return due >= self.next_batch
+        return feasible(self.dues + Counter({due: 1}), self.next_batch, self.batch_size)
+
+    @property
+    def has_ticket(self) -> bool:
+        """Whether a fresh group may be issued under any version, and the run needs one."""
         if self.outstanding >= self.tickets:
             return False
-        if self.target is not None:
-            planned = self.next_batch * self.batch_size + self.dues.total()
-            if planned >= self.target * self.batch_size + self.surplus:
-                return False
-        if newest:
+        if self.target is None:
             return True
-        due = version + self.max_staleness
-        return feasible(self.dues + Counter({due: 1}), self.next_batch, self.batch_size)
+        planned = self.next_batch * self.batch_size + self.dues.total()
+        return planned < self.target * self.batch_size + self.surplus
 
     @property
     def surplus(self) -> int:
@@ -104,7 +111,7 @@ class Batches:
 
     def choose(self, size: int) -> list[int] | None:
         """The next batch's groups, or None when there is no batch to cut now."""
-        if self.target is not None and self.next_batch >= self.target:
+        if len(self.ready) < size or (self.target is not None and self.next_batch >= self.target):
             return None
         if size != self.batch_size or self.on_straggler == "train":
             chosen = sorted((due, group_id) for group_id, due in self.ready.items())[:size]

@@ -38,8 +38,9 @@ class Piece:
 class Courier:
     """Used on the store's thread, but for `credit` and `has_work`, which the event loop calls."""
 
-    def __init__(self, store: Store, *, window_bytes: int) -> None:
+    def __init__(self, store: Store, *, window_bytes: int, piece_bytes: int | None = None) -> None:
         self._store = store
+        self._piece_bytes = PIECE_BYTES if piece_bytes is None else piece_bytes
         self._window_bytes = window_bytes
         self._lock = threading.Lock()
         """Around `_under_way`: an update lost between the two threads would be credit lost for ever."""
@@ -123,7 +124,7 @@ class Courier:
             size = sum(place.length for place in places)
             if pieces:
                 last_parts, last_places, last_size = pieces[-1]
-                if last_size + size <= PIECE_BYTES and len(last_places) + len(places) <= MAX_FRAMES:
+                if last_size + size <= self._piece_bytes and len(last_places) + len(places) <= MAX_FRAMES:
                     last_parts.append(group.parts)
                     last_places.extend(places)
                     pieces[-1] = (last_parts, last_places, last_size + size)

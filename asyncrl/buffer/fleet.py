@@ -1,6 +1,8 @@
 """Workers and leases: who is here, how much room each has, what each holds, who fell silent.
 
-Pure bookkeeping: time comes in with every call. Identity is name plus incarnation, never an address.
+Pure bookkeeping. Silence is counted on a clock of its own (`steady`), which whoever brings events sets:
+somebody may set the machine's clock, by which the records are written, forwards or back. Identity is name
+plus incarnation, never an address.
 """
 
 from __future__ import annotations
@@ -16,17 +18,19 @@ class Fleet:
         self.dead_after_s = dead_after_s
         self.workers: dict[bytes, WorkerRecord] = {}
         self.leases: dict[int, LeaseRecord] = {}
+        self.steady = 0.0
+        """Seconds of a clock that nobody can set, at the event under way."""
         self._by_identity: dict[tuple[str, str], WorkerRecord] = {}
         self._last_tick: float | None = None
         self._absent_since: dict[tuple[str, str], float] = {}
         """Identities that hold leases from before the buffer's restart and have not come back."""
 
-    def join(self, peer: bytes, hello: Hello, now: float) -> WorkerRecord:
+    def join(self, peer: bytes, hello: Hello) -> WorkerRecord:
         """A worker said hello; leases of the same life stay its own (it reconnected)."""
         before = self.find(hello.name, hello.incarnation)
         if before is not None and before.peer != peer:
             self.workers.pop(before.peer, None)
-        worker = WorkerRecord(peer, hello.name, hello.role, hello.incarnation, now)
+        worker = WorkerRecord(peer, hello.name, hello.role, hello.incarnation, self.steady)
         worker.leases = {
             lease.fence
             for lease in self.leases.values()
@@ -42,8 +46,16 @@ class Fleet:
         self._by_identity.pop((worker.name, worker.incarnation), None)
         return [self.leases.pop(fence) for fence in sorted(worker.leases) if fence in self.leases]
 
-    def orphaned(self, now: float) -> list[tuple[str, str]]:
+    def heard_of(self, worker: WorkerRecord) -> None:
+        """It has said something."""
+        worker.last_seen = self.steady
+
+    def orphaned(self) -> list[tuple[str, str]]:
         """Identities whose leases outlived a restart of the buffer and who stayed away for `dead_after_s`."""
+        if len(self.leases) == sum(len(worker.leases) for worker in self.workers.values()):
+            self._absent_since.clear()
+            return []
+        now = self.steady
         holders = {(lease.worker, lease.incarnation) for lease in self.leases.values()}
         absent = holders - self._by_identity.keys()
         self._absent_since = {who: self._absent_since.get(who, now) for who in absent}
@@ -104,17 +116,21 @@ class Fleet:
             if worker.alone == lease.fence:
                 worker.alone = 0
 
-    def silent(self, now: float, *, every_s: float) -> list[WorkerRecord]:
+    def silent(self, *, every_s: float) -> list[WorkerRecord]:
         """Workers not heard of for `dead_after_s`; time in which the buffer stood still is not charged.
 
+        To be called before `orphaned`.
+
         Args:
-            now: the present time.
             every_s: how often this is called when nothing is wrong.
         """
+        now = self.steady
         if self._last_tick is not None:
             stood_still = now - self._last_tick - 2 * every_s
             if stood_still > 0:
                 for worker in self.workers.values():
                     worker.last_seen += stood_still
+                for identity in self._absent_since:
+                    self._absent_since[identity] += stood_still
         self._last_tick = now
         return [worker for worker in self.workers.values() if now - worker.last_seen > self.dead_after_s]

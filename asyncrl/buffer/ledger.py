@@ -115,25 +115,23 @@ class Ledger:
         """Tokens of one sample and how it stands; see `Report`."""
         group, sample = self._find(report.group_id, report.index)
         if group is None or sample is None or sample.fence != report.fence:
-            self._answer(worker, report, 0, accepted=False, reason="the lease is not valid any more")
+            self._refuse(worker, report, 0, "the lease is not valid any more")
             return
         committed = report.offset + report.num_tokens <= sample.tokens
         if committed and (sample.state != GENERATING or report.num_tokens):
-            self._answer(worker, report, sample.tokens, accepted=True)
+            self._accept(worker, report, sample)
             return
         if sample.state != GENERATING or report.offset != sample.tokens:
             reason = f"offset {report.offset} is not the committed length {sample.tokens}"
-            self._answer(worker, report, sample.tokens, accepted=False, reason=reason)
+            self._refuse(worker, report, sample.tokens, reason)
             return
         self.book.seq += 1
         lease = self.fleet.leases[report.fence]
         if report.num_tokens and frame is not None:
             self.book.add_tokens(group, sample, report, worker.name, frame)
             lease.progressed = True
-        # Taken before the sample advances: one that keeps no partial answer has no tokens afterwards.
-        committed_tokens = sample.tokens
         self._advance(group, sample, lease, report, now)
-        self._answer(worker, report, committed_tokens, accepted=True)
+        self._accept(worker, report, sample)
 
     def _advance(
         self, group: GroupRecord, sample: SampleRecord, lease: LeaseRecord, report: Report, now: float
@@ -176,12 +174,14 @@ class Ledger:
             self.queues.generated(group, sample)
             self.book.touch(group, sample)
 
-    def _answer(
-        self, worker: WorkerRecord, report: Report, offset: int, *, accepted: bool, reason: str = ""
-    ) -> None:
-        if not accepted:
-            self.book.totals["refused.results"] += 1
-        ack = Ack(report.fence, report.group_id, report.index, offset, accepted, reason)
+    def _accept(self, worker: WorkerRecord, report: Report, sample: SampleRecord) -> None:
+        last = sample.state != GENERATING
+        ack = Ack(report.fence, report.group_id, report.index, sample.tokens, accepted=True, last=last)
+        self.book.acknowledge(worker.peer, ack)
+
+    def _refuse(self, worker: WorkerRecord, report: Report, offset: int, reason: str) -> None:
+        self.book.totals["refused.results"] += 1
+        ack = Ack(report.fence, report.group_id, report.index, offset, accepted=False, reason=reason)
         self.book.acknowledge(worker.peer, ack)
 
     # Results of reward workers.

@@ -67,7 +67,7 @@ class Members:
         for name, incarnation in ledger.fleet.absent(hello.name):
             if incarnation != hello.incarnation:
                 self._forget((name, incarnation), "replaced", now)
-        worker = ledger.fleet.join(peer, hello, now)
+        worker = ledger.fleet.join(peer, hello)
         ledger.book.row("member", hello.name, hello.incarnation, hello.role, hello.host, hello.pid, now)
         start = self._start_trainer(worker, hello, now) if hello.role == "trainer" else None
         welcome = Welcome(
@@ -180,11 +180,12 @@ class Members:
             self.ledger.versions.trainer_left()
 
     def tick(self, now: float) -> list[str]:
-        """Remove workers that fell silent; returns their names."""
-        silent = self.ledger.fleet.silent(now, every_s=TICK_S)
+        """Remove workers that fell silent, on the clock of `Fleet.steady`; returns their names."""
+        fleet = self.ledger.fleet
+        silent = fleet.silent(every_s=TICK_S)
         for worker in silent:
-            self._remove(worker, f"silent for {now - worker.last_seen:.1f} s", now, ours=False)
-        absent = self.ledger.fleet.orphaned(now)
+            self._remove(worker, f"silent for {fleet.steady - worker.last_seen:.1f} s", now, ours=False)
+        absent = fleet.orphaned()
         for identity in absent:
             self._forget(identity, "did not come back after the buffer's restart", now)
         return [worker.name for worker in silent] + [name for name, _ in absent]

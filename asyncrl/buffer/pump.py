@@ -26,6 +26,11 @@ class Pump:
         self._asked_evaluation = (-1, -1)
         self._told_end: WorkerRecord | None = None
         """The trainer that knows that the data have ended."""
+        self._closed: set[int] = set()
+        """Versions under which no fresh group may be issued any more in this round."""
+        self._find = {
+            Kind.GENERATE: self._generate, Kind.SCORE: self._score, Kind.FILTER: self._filter,
+        }  # fmt: skip
 
     def run(self, now: float) -> None:
         """One round; see the module's docstring."""
@@ -75,25 +80,37 @@ class Pump:
     # Leases.
 
     def _lease(self, now: float) -> None:
+        self._closed.clear()
+        waiting = self._waiting_kinds()
+        able = [worker for worker in self.ledger.fleet.workers.values() if _has_room(worker, waiting)]
         # Whoever holds least is served first, so that two workers with room for all share the work.
-        for worker in sorted(self.ledger.fleet.workers.values(), key=lambda w: len(w.leases)):
-            if worker.alone:
-                continue
+        for worker in sorted(able, key=lambda w: len(w.leases)):
             leases: list[Lease] = []
             bodies: list[int] = []
-            for kind, find in (
-                (Kind.GENERATE, self._generate),
-                (Kind.SCORE, self._score),
-                (Kind.FILTER, self._filter),
-            ):
-                while worker.credit.get(kind, 0) > 0 and not worker.alone:
-                    found = find(worker, now)
-                    if found is None:
-                        break
-                    leases.append(found[0])
-                    bodies += found[1]
+            for kind in waiting:
+                self._lease_kind(worker, kind, leases, bodies, now)
             if leases:
                 self.ledger.book.send(worker.peer, Leases(leases=leases), bodies)
+
+    def _waiting_kinds(self) -> list[Kind]:
+        """Kinds of work of which there may be some to give out."""
+        queues = self.ledger.queues
+        generate = queues.partial or queues.evaluation or (queues.fresh and self.ledger.batches.has_ticket)
+        score = queues.to_score or queues.to_score_groups
+        found = ((Kind.GENERATE, generate), (Kind.SCORE, score), (Kind.FILTER, queues.to_filter))
+        return [kind for kind, there_is in found if there_is]
+
+    def _lease_kind(
+        self, worker: WorkerRecord, kind: Kind, leases: list[Lease], bodies: list[int], now: float
+    ) -> None:
+        """Add what there is of one kind of work, as far as the worker's credit goes."""
+        find = self._find[kind]
+        while worker.credit.get(kind, 0) > 0 and not worker.alone:
+            found = find(worker, now)
+            if found is None:
+                return
+            leases.append(found[0])
+            bodies += found[1]
 
     def _generate(self, worker: WorkerRecord, now: float) -> tuple[Lease, list[int]] | None:
         if self.ledger.low_on_disk or worker.version < 0:
@@ -118,6 +135,8 @@ class Pump:
         self, worker: WorkerRecord, heap: list[tuple[int, int]], now: float
     ) -> tuple[Lease, list[int]] | None:
         """The first sample of a heap that this worker may take."""
+        if not heap:
+            return None
         ledger = self.ledger
         skipped = []
         granted = None
@@ -147,12 +166,14 @@ class Pump:
         ledger = self.ledger
         while ledger.queues.fresh and ledger.queues.fresh[0] not in ledger.book.groups:
             ledger.queues.fresh.popleft()
-        if not ledger.queues.fresh:
+        if not ledger.queues.fresh or worker.version in self._closed:
             return None
         group = ledger.book.groups[ledger.queues.fresh[0]]
         published = ledger.versions.published
         newest = published is not None and worker.version >= published.version
         if not ledger.batches.may_issue(worker.version, newest=newest):
+            # Leases only use tickets up: whoever else serves it need not ask again before the next round.
+            self._closed.add(worker.version)
             return None
         count = len(group.samples)
         room = worker.credit[Kind.GENERATE]
@@ -332,6 +353,11 @@ class Pump:
     def _tell_everyone(self, message: Finish) -> None:
         for worker in self.ledger.fleet.workers.values():
             self.ledger.book.send(worker.peer, message)
+
+
+def _has_room(worker: WorkerRecord, kinds: list[Kind]) -> bool:
+    """Whether it may be given work of one of these kinds."""
+    return not worker.alone and any(worker.credit.get(kind, 0) > 0 for kind in kinds)
 
 
 def waits_for_filter(group: GroupRecord, ledger: Ledger) -> bool:

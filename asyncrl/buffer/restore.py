@@ -43,8 +43,8 @@ def restore(ledger: Ledger, members: Members, store: Store) -> None:
     book.next_fence = _next(db, "leases", "fence", 1)
     book.seq = (
         db.execute(
-            "select max(m) from (select max(issued_seq) m from groups"
-            " union select max(settled_seq) from groups union select max(seq) from batches)"
+            "select max(m) from (select max(max(issued_seq, settled_seq)) m from groups"
+            " union select max(seq) from batches)"
         ).fetchone()[0]
         or 0
     )
@@ -57,8 +57,10 @@ def restore(ledger: Ledger, members: Members, store: Store) -> None:
         members.live(name, incarnation)
     _restore_training(ledger, members, db)
     _restore_evaluation(ledger, db)
-    _restore_leases(ledger, db)
-    _restore_groups(ledger, store)
+    groups = _restore_groups(store)
+    _restore_leases(ledger, db, groups)
+    for group in groups:
+        _place(ledger, group)
 
 
 def release_all(ledger: Ledger, reason: str, now: float) -> None:
@@ -80,16 +82,15 @@ def _restore_training(ledger: Ledger, members: Members, db: sqlite3.Connection) 
         members.trainer_life = db.execute(
             "select process from incarnations where incarnation = ?", (members.incarnation,)
         ).fetchone()[0]
-    trained = {
-        row[0]
-        for row in db.execute("select distinct batch from groups where reason = 'trained' and batch >= 0")
-    }
-    for batch, groups, samples, tokens in db.execute(
-        "select batch, num_groups, num_samples, num_tokens from batches order by batch"
+    # The groups of a batch are trained all at once: the first one tells.
+    for batch, groups, samples, tokens, trained in db.execute(
+        "select b.batch, b.num_groups, b.num_samples, b.num_tokens, g.reason = 'trained' from batches b"
+        " left join batch_groups c on c.batch = b.batch and c.position = 0"
+        " left join groups g on g.group_id = c.group_id order by b.batch"
     ):
-        batches.records[batch] = BatchRecord(groups, samples, tokens, trained=batch in trained)
+        batches.records[batch] = BatchRecord(groups, samples, tokens, trained=bool(trained))
         batches.next_batch = batch + 1
-    while batches.num_trained in trained:
+    while batches.num_trained in batches.records and batches.records[batches.num_trained].trained:
         batches.num_trained += 1
     for step, path in db.execute(
         "select rollout_step, path from checkpoints order by rollout_step, incarnation"
@@ -142,11 +143,18 @@ def _evaluation(
     )
 
 
-def _restore_leases(ledger: Ledger, db: sqlite3.Connection) -> None:
-    for fence, kind, worker, incarnation, group_id, indices, version, granted in db.execute(
-        "select fence, kind, worker, incarnation, group_id, indices, version, granted_at from leases"
-        " where ended_at is null order by fence"
-    ).fetchall():
+def _restore_leases(ledger: Ledger, db: sqlite3.Connection, groups: list[GroupRecord]) -> None:
+    """Leases that have not ended: every one is named by a live group or by a sample of one."""
+    fences = {sample.fence for group in groups for sample in group.samples}
+    for fence in sorted(fences | {group.fence for group in groups}):
+        row = db.execute(
+            "select kind, worker, incarnation, group_id, indices, version, granted_at from leases"
+            " where fence = ? and ended_at is null",
+            (fence,),
+        ).fetchone()
+        if row is None:
+            continue
+        kind, worker, incarnation, group_id, indices, version, granted = row
         numbers = [int(index) for index in indices.split(",") if index]
         progressed = db.execute(
             "select exists (select 1 from bodies where group_id = ? and fence = ? and kind = 'segment')",
@@ -159,11 +167,12 @@ def _restore_leases(ledger: Ledger, db: sqlite3.Connection) -> None:
         )  # fmt: skip
 
 
-def _restore_groups(ledger: Ledger, store: Store) -> None:
-    db = store.db
-    for row in db.execute(
+def _restore_groups(store: Store) -> list[GroupRecord]:
+    found = []
+    for row in store.db.execute(
         "select group_id, lane, dataset, state, version, incarnation, due, prompt_body, prompt_tokens, fence,"
-        " issued_seq, created_at from groups where reason is null and batch < 0 order by group_id"
+        " issued_seq, created_at from groups indexed by groups_open where reason is null and batch < 0"
+        " order by group_id"
     ).fetchall():
         group_id, lane, dataset, state, version, incarnation, due, prompt, tokens, fence, issued, created = (
             row
@@ -172,9 +181,10 @@ def _restore_groups(ledger: Ledger, store: Store) -> None:
             group_id, Lane(lane), dataset, prompt, tokens, 0, [], created, state=state, version=version,
             incarnation=incarnation, due=due, fence=fence, issued_seq=issued,
         )  # fmt: skip
-        _restore_samples(group, db)
+        _restore_samples(group, store.db)
         _restore_bodies(group, store)
-        _place(ledger, group)
+        found.append(group)
+    return found
 
 
 def _restore_samples(group: GroupRecord, db: sqlite3.Connection) -> None:

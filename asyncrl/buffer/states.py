@@ -126,6 +126,7 @@ class WorkerRecord:
     role: str
     incarnation: str
     last_seen: float
+    """On the clock of `Fleet.steady`."""
     credit: dict[Kind, int] = field(default_factory=dict)
     credit_bytes: int = 0
     capacity: int = 0

@@ -16,7 +16,7 @@ import msgspec
 import xxhash
 
 from asyncrl.buffer.segments import Location, Recent, Segments
-from asyncrl.buffer.states import BodyRow, Transaction
+from asyncrl.buffer.states import PROMPT_INDEX, BodyRow, Transaction
 from asyncrl.buffer.tables import SCHEMA, STATEMENTS
 from asyncrl.errors import StorageError
 from asyncrl.messages.parts import GroupParts
@@ -165,11 +165,13 @@ class Store:
 
     def prune(self, rollout_step: int) -> list[int]:
         """Delete body files that only batches before `rollout_step` and settled groups need; returns them."""
-        (oldest,) = self._db.execute(
-            "select min(b.file) from bodies b join groups g using (group_id)"
-            " where g.batch >= ? or (g.batch < 0 and g.reason is null)",
-            (rollout_step,),
-        ).fetchone()
+        # A group's prompt is its first body, and files are written one after the other.
+        oldest = self._db.execute(
+            "select min(file) from bodies where idx = ? and group_id in"
+            " (select group_id from groups where batch >= ? and batch >= 0 union all"
+            " select group_id from groups indexed by groups_open where batch < 0 and reason is null)",
+            (PROMPT_INDEX, rollout_step),
+        ).fetchone()[0]
         return self.segments.delete_before(oldest) if oldest is not None else []
 
     def close(self) -> None:

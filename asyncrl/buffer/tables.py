@@ -63,8 +63,10 @@ create table if not exists swaps (
 create index if not exists bodies_by_sample on bodies (group_id, idx);
 create index if not exists groups_open on groups (state) where reason is null;
 create index if not exists groups_by_batch on groups (batch) where batch >= 0;
+create index if not exists groups_by_evaluation on groups (version, incarnation) where lane = 'eval';
 """
 
+# `batch >= 0` beside `batch = ?` lets SQLite use the index of batched groups.
 STATEMENTS = {
     "group": "insert or replace into groups values (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
     "sample": "insert or replace into samples values (?,?,?,?,?,?,?,?,?,?,?,?,?)",
@@ -76,11 +78,11 @@ STATEMENTS = {
     "batch_group": "insert into batch_groups values (?,?,?)",
     "trained": "insert or replace into trained values (?,?,?,?,?,?,?)",
     "trained_groups": "update groups set state = 'trained', reason = 'trained', settled_at = ?,"
-    " settled_seq = ? where batch = ?",
+    " settled_seq = ? where batch = ? and batch >= 0",
     "trained_samples": "update samples set state = 'trained'"
     " where group_id in (select group_id from batch_groups where batch = ?)",
     "untrain_groups": "update groups set state = 'batched', reason = null, settled_seq = -1"
-    " where batch >= ? and reason = 'trained'",
+    " where batch >= ? and batch >= 0 and reason = 'trained'",
     "untrain_samples": "update samples set state = 'batched'"
     " where group_id in (select group_id from batch_groups where batch >= ?)",
     "version": "insert or replace into versions values (?,?,?,?,?,?,?)",

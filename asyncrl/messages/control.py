@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
-from asyncrl.messages.numbers import Count, CountOrNone, Finite, GroupSize, Seconds
+from asyncrl.messages.numbers import Change, Count, CountOrNone, Finite, GroupSize, Seconds
 from asyncrl.messages.parts import GroupParts
 from asyncrl.messages.sample import Lane, Span, Status
 from asyncrl.messages.version import Manifest
@@ -125,10 +125,11 @@ class Want(Message, frozen=True, kw_only=True):
     """Credit: room for so much more work of this kind. The only flow control there is."""
 
     kind: Kind
-    samples: Count
-    """Samples (batches, for TRAIN; none, for EVALUATE)."""
-    num_bytes: Count = 0
-    """Body bytes; given back with the same message when bodies have been taken in."""
+    samples: Change
+    """Samples (batches, for TRAIN; none, for EVALUATE). Below zero only after a further hello, by whoever
+    holds more than it has room for: a group larger than the worker, a body larger than its window."""
+    num_bytes: Change = 0
+    """Body bytes; given back with the same message when bodies have been taken in. Below zero as above."""
     version: CountOrNone = -1
     """Version the worker serves (GENERATE)."""
     incarnation: Count = 0
@@ -188,6 +189,8 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Response tokens committed now."""
     accepted: bool
     reason: str = ""
+    last: bool = False
+    """GENERATE: how the sample ended is committed; nothing more is to come under this fence."""
 
 
 class Acks(Message, frozen=True, kw_only=True):

@@ -23,6 +23,8 @@ CountOrNone = Annotated[int, msgspec.Meta(ge=-1, le=MAX)]
 """The same, or -1 for none."""
 Version = Annotated[int, msgspec.Meta(ge=-MAX, le=MAX)]
 """A version of the weights in recorded data; one from before an imported run's own start is negative."""
+Change = Annotated[int, msgspec.Meta(ge=-MAX, le=MAX)]
+"""So many more, or fewer where it is below zero."""
 GroupSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_GROUP)]
 """Samples of a group."""
 Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]

@@ -139,8 +139,13 @@ class BufferRole(Actor):
             await self._take(delivery)
             self._changed.set()
 
+    def _now(self) -> float:
+        """The time of an event for the records; silence is counted on a clock that nobody sets."""
+        self.ledger.fleet.steady = time.monotonic()
+        return time.time()
+
     async def _take(self, delivery: Delivery) -> None:
-        now = time.time()
+        now = self._now()
         message, peer = delivery.message, delivery.peer
         self.traffic.heard(message)
         if isinstance(message, control.Hello):
@@ -151,7 +156,7 @@ class BufferRole(Actor):
             self._complain("unknown", peer, f"{type(message).__name__} without a hello")
             await self._answer(peer, control.HelloAgain(desk=self.context.incarnation))
             return
-        worker.last_seen = now
+        self.ledger.fleet.heard_of(worker)
         try:
             self.desk.take(worker, message, delivery.frames, now)
         except ProtocolError as error:
@@ -220,7 +225,7 @@ class BufferRole(Actor):
         """produces: silences noticed, disk space watched, gauges    waits for: the clock"""
         while True:
             await asyncio.sleep(TICK_S)
-            for name in self.members.tick(time.time()):
+            for name in self.members.tick(self._now()):
                 self.log.warning("silent", member=name)
             self._free_bytes = shutil.disk_usage(self.context.run_dir).free
             self.ledger.low_on_disk = self._free_bytes < self.plan.topology.buffer.min_free_bytes

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor
+from asyncrl.actor.pieces import Pieces
 from asyncrl.messages.codec import num_bytes
 from asyncrl.messages.control import Evaluated, EvaluationSeen, Kind, Want
 from asyncrl.messages.parts import GroupParts, unpack
@@ -45,8 +46,6 @@ class EvaluatorRole(DeskActor):
         """Bounded by the window of this hop (`buffer.window_bytes`)."""
         self._answers: list[Answer] = []
         self._examples: list[str] = []
-        self._next = (-1, 0, 0)
-        """(version, incarnation, part) of the piece that follows on what is here."""
         self._seen = (-1, 0)
         """(version, incarnation) of the evaluation that was logged last."""
 
@@ -59,16 +58,16 @@ class EvaluatorRole(DeskActor):
 
     async def _evaluate(self) -> None:
         """consumes: pieces of evaluations    waits for: "evaluation"    produces: metrics"""
+        pieces = Pieces()
         while True:
             with self.waits("evaluation"):
                 message, frames = await self._parts.get()
             await self.send(Want(kind=Kind.EVALUATE, samples=0, num_bytes=num_bytes(*frames)))
             key = (message.version, message.incarnation)
-            if message.part == 0:
-                self._answers, self._examples, self._next = [], [], (*key, 0)
-            if self._next != (*key, message.part):
+            if not pieces.follows(key, message.part):
                 continue  # the piece before was lost with a connection: all of them come again
-            self._next = (*key, message.part + 1)
+            if message.part == 0:
+                self._answers, self._examples = [], []
             self._take(message.groups, frames)
             if message.part + 1 == message.num_parts:
                 if key != self._seen:  # else the desk died before it knew that we have seen it

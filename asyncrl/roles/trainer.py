@@ -23,6 +23,7 @@ import msgspec
 
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
+from asyncrl.actor.pieces import Pieces
 from asyncrl.actor.waiting import WATCHDOG_S, awaiting
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.messages.control import (
@@ -89,6 +90,8 @@ class TrainerRole(DeskActor):
         """Trained batches, versions and checkpoints that are not committed, in the order they were told."""
         self._at_work = 0
         """Rollout steps in the weights once the batch that is being trained is."""
+        self._introduced = self._told = 0
+        """Rollout steps that the last hello named, and those that the buffer was told of."""
         self._committed: dict[tuple[str, int], asyncio.Event] = {}
         self._concerns: set[str] = set()
 
@@ -101,7 +104,7 @@ class TrainerRole(DeskActor):
         self.incarnation = start.incarnation
         checkpoint = Path(start.checkpoint) if start.checkpoint else None
         step = await self.compute(lambda: self.trainer.start(checkpoint=checkpoint))
-        self._saved = step
+        self._saved = self._told = step
         await self.pushes.open(start)
         await self.pushes.push(step, self._step)
         await self._want(
@@ -109,7 +112,8 @@ class TrainerRole(DeskActor):
         )
 
     def introduce(self, hello: Hello) -> Hello:
-        return msgspec.structs.replace(hello, batches=max(self._at_work, self.trainer.rollout_step))
+        self._introduced = max(self._at_work, self.trainer.rollout_step)
+        return msgspec.structs.replace(hello, batches=self._introduced)
 
     def restate(self, welcome: Welcome) -> list[Statement]:
         """What it may not have heard, in order, then all the room we have; batches come again as recorded."""
@@ -117,7 +121,9 @@ class TrainerRole(DeskActor):
         if start is None or start.incarnation != self.incarnation:
             raise ProtocolError(f"{self.name}: another life of the trainer has taken our place")
         prefetch = self.plan.topology.trainer.prefetch_batches
-        room = Want(kind=Kind.TRAIN, samples=1 + prefetch, num_bytes=self.plan.topology.buffer.window_bytes)
+        # The batch at work gives its room back when it is trained, and is not delivered again.
+        free = 1 + prefetch - max(0, self._introduced - self._told)
+        room = Want(kind=Kind.TRAIN, samples=free, num_bytes=self.plan.topology.buffer.window_bytes)
         return [*self._unsaid.values(), (room, ())]
 
     async def _promise(self, message: Trained | Published | Saved, *more: msgspec.Struct) -> None:
@@ -125,6 +131,7 @@ class TrainerRole(DeskActor):
         match message:
             case Trained():
                 key = ("trained", message.batch)
+                self._told = message.batch + 1
             case Published():
                 key = ("version", message.manifest.version)
             case Saved():
@@ -160,9 +167,13 @@ class TrainerRole(DeskActor):
     async def _fetch(self) -> None:
         """consumes: pieces of batches    waits for: the buffer    produces: prepared batches, one ahead"""
         groups: list[list[Sample]] = []
+        pieces = Pieces()
         while True:
             with self.side_waits("part"):
                 part, frames = await self._parts.get()
+            if not pieces.follows(part.batch, part.part):
+                await self._want(0, part.num_bytes)
+                continue
             if part.part == 0:
                 groups = []
             groups += await asyncio.to_thread(unpack, part.groups, frames)
@@ -179,8 +190,8 @@ class TrainerRole(DeskActor):
             if job is None:
                 break
             batch, recorded, prepared = job
-            if batch < self.trainer.rollout_step:
-                continue  # delivered again after we had trained it
+            if batch != self.trainer.rollout_step:
+                continue  # delivered again after we had trained it, or the one before it was lost on its way
             await self._train_one(batch, recorded, prepared)
             if self._draining:
                 break

@@ -19,7 +19,7 @@ LAYERS = (
     {"topology", "link", "obs"},
     {"actor"},
     {"algo", "rewards", "buffer", "weights", "data"},
-    {"engines", "train"},
+    {"engines", "train", "sim"},
     {"roles"},
     {"run"},
     {"cli"},

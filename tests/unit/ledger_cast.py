@@ -92,7 +92,7 @@ class Desk:
         worker = ledger.fleet.workers.get(peer)
         if worker is None:
             return  # refused: say hello first
-        worker.last_seen = now
+        ledger.fleet.heard_of(worker)
         bodies = [frame(data) for data in frames]
         match message:
             case control.Want():

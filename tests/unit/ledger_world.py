@@ -130,6 +130,7 @@ class World:
         """Time passes; whoever is not silent is heard of every half second."""
         for _ in range(int(seconds * 2) + 1):
             self.desk.now += 0.5
+            self.desk.ledger.fleet.steady += 0.5
             for name, peer in self.peers.items():
                 if name not in self.silent:
                     self.desk.take(peer.peer, control.Heartbeat(), [])

@@ -119,7 +119,7 @@ def test_a_worker_with_too_little_room_waits_for_a_whole_group(make: Make) -> No
 def test_an_item_larger_than_the_byte_window_passes_when_nothing_is_held() -> None:
     fleet = Fleet(dead_after_s=5.0)
     hello = control.Hello(name="g", role="generator", incarnation="1", protocol=1, schema="")
-    worker = fleet.join(b"g", hello, 0.0)
+    worker = fleet.join(b"g", hello)
     fleet.want(worker, control.Want(kind=Kind.GENERATE, samples=4, num_bytes=100, version=0, capacity=4))
     assert fleet.fits(worker, 500)
     fleet.grant(worker, LeaseRecord(1, Kind.GENERATE, "g", "1", 0, [0], {0}, 0, 0.0, 500))
@@ -158,6 +158,22 @@ def test_a_late_result_under_an_old_fence_is_refused_by_name(make: Make) -> None
     world.finish()
 
 
+def test_what_was_refused_stays_counted_when_the_desk_starts_again(make: Make) -> None:
+    """Fails when the count is not committed with the refusal, or not read back."""
+    world = make()
+    start(world)
+    peer = generator(world)
+    job = peer.free()[0]
+    job.done = 1
+    peer.report(job, Status.PENDING, new=1)
+    world.commit()
+    world.crash(committed=False, survivors=False)
+    assert world.desk.ledger.book.totals["refused.results"] == 1
+    world.commit()
+    stored = world.desk.store.db.execute("select value from totals where key = 'refused.results'").fetchone()
+    assert stored == (1,)
+
+
 def test_a_repeat_of_an_accepted_result_is_acknowledged_again_and_changes_nothing(make: Make) -> None:
     world = make()
     start(world)
@@ -170,7 +186,8 @@ def test_a_repeat_of_an_accepted_result_is_acknowledged_again_and_changes_nothin
         assert world.desk.ledger.book.totals["received.tokens"] == tokens
         assert world.desk.ledger.book.totals["refused.results"] == 0
         acks = [m for _, m, _ in world.desk.commit() if isinstance(m, control.Acks)]
-        assert [ack.accepted for message in acks for ack in message.acks] == [True, True]
+        told = [(ack.accepted, ack.last) for message in acks for ack in message.acks]
+        assert told == [(True, status is not Status.PENDING)] * 2
 
 
 def test_progress_is_taken_only_where_the_committed_length_ends(make: Make) -> None:
@@ -565,11 +582,46 @@ def test_what_was_leased_but_never_sent_is_sent_after_the_restart(make: Make) ->
     world.finish()
 
 
+@pytest.mark.parametrize("jump", [-600.0, 3600.0])
+def test_setting_the_clock_neither_kills_anybody_nor_keeps_the_dead(make: Make, jump: float) -> None:
+    """Fails when silence is counted on the clock of the records: `Fleet.steady` is another one."""
+    world = make()
+    start(world)
+    world.crash(committed=True, survivors=False)
+    for name in ("source", "trainer", "reward-0"):
+        world.join(name)
+    world.tick(1)
+    del world.peers["reward-0"]
+    world.desk.now += jump  # nobody but the records sees it: the world's ticks go on as they did
+    world.tick(0)
+    assert world.desk.ledger.fleet.find("reward-0", "life2") is not None
+    assert world.desk.ledger.fleet.find("trainer", "life2") is not None
+    world.tick(world.setup.ledger.dead_after_s + 1)
+    assert world.desk.ledger.fleet.find("reward-0", "life2") is None
+    assert world.desk.ledger.fleet.find("trainer", "life2") is not None
+
+
+def test_an_absent_worker_has_its_full_time_when_the_desk_stood_still(make: Make) -> None:
+    """Fails when only the silence of those who are here is forgiven."""
+    world = make()
+    start(world)
+    del world.peers["gen-0"]
+    world.crash(committed=False, survivors=True)
+    world.tick(1)
+    held = len(world.desk.ledger.fleet.leases)
+    assert held
+    world.desk.ledger.fleet.steady += 60
+    world.desk.members.tick(world.desk.now)
+    assert len(world.desk.ledger.fleet.leases) == held
+    world.tick(world.setup.ledger.dead_after_s + 1)
+    assert not world.desk.ledger.fleet.leases
+
+
 def test_silence_while_the_desk_stood_still_is_not_charged(make: Make) -> None:
     world = make()
     start(world)
     world.tick(1)
-    world.desk.now += 60
+    world.desk.ledger.fleet.steady += 60
     assert world.desk.members.tick(world.desk.now) == []
     world.tick(1)
     world.silent.add("gen-0")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from asyncrl.buffer.restore import restore
 from asyncrl.buffer.states import WorkerRecord
-from asyncrl.messages.control import Hello, Kind, Leases, Refused, Welcome
+from asyncrl.messages.control import Hello, Kind, Leases, Refused, Want, Welcome
 from tests.desk import Desk, make_plan
 
 
@@ -116,3 +117,18 @@ def test_a_new_trainer_begins_at_the_checkpoint_whatever_it_says(desk: Reborn) -
     worker = WorkerRecord(b"trainer.new", "trainer", "trainer", "new", desk.tick())
     desk.hello(worker, batches=desk.ledger.batches.num_trained)
     assert desk.ledger.batches.on_delivery == max(desk.members.checkpoints, default=0)
+
+
+def test_room_below_zero_is_a_word_that_the_desk_takes(desk: Reborn) -> None:
+    """Fails when a `Want` may not be below zero: a worker that holds a body larger than its window would lose
+    all the room that it names after a further welcome, and with it its work.
+    """
+    want = Want(kind=Kind.GENERATE, samples=-2, num_bytes=-700, capacity=4)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(want), type=Want) == want
+    worker, fences = busy(desk)
+    desk.restart()
+    desk.hello(worker, leases=fences)
+    again = desk.ledger.fleet.workers[worker.peer]
+    desk.ledger.fleet.want(again, want)
+    desk.ledger.fleet.want(again, Want(kind=Kind.GENERATE, samples=3, num_bytes=900))
+    assert (again.credit[Kind.GENERATE], again.credit_bytes) == (1, 200)

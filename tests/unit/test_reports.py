@@ -60,7 +60,7 @@ async def test_whatever_is_not_acknowledged_is_said_again_once() -> None:
     assert wire.outbox.fences == [7, 8]
     await wire.write()
     assert [r.fence for r in wire.sent] == [7], "what was said again was queued as well"
-    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True), Ack(8, 1, 0, 7, True)])
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True), Ack(8, 1, 0, 7, True, last=True)])
     assert again(wire.outbox) == []
     assert wire.outbox.fences == [7]
     await first.report(Segment(), Status.COMPLETED)
@@ -75,6 +75,32 @@ async def test_an_acknowledgement_of_an_earlier_report_changes_nothing() -> None
     await out.report(segment(2), Status.COMPLETED)
     wire.outbox.acknowledged([Ack(7, 0, 0, 3, True)])
     assert again(wire.outbox) == [(7, 3, 2)], "the last report was taken for acknowledged"
+    wire.outbox.acknowledged([Ack(7, 0, 0, 5, True, last=True)])
+    assert wire.outbox.fences == []
+
+
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.ABORTED, Status.FAILED])
+async def test_a_last_report_without_tokens_waits_for_its_own_acknowledgement(status: Status) -> None:
+    """Fails when offsets alone decide: a repeat of the progress before it has the same one."""
+    wire = Wire()
+    out = wire.outbox.open(7, 0, 0, 0)
+    await out.report(segment(3), Status.PENDING)
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True)])
+    await out.report(Segment(), status)
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True)])
+    assert again(wire.outbox) == [(7, 3, 0)], "the last report was taken for acknowledged"
+    wire.outbox.acknowledged([Ack(7, 0, 0, 3, True, last=True)])
+    assert again(wire.outbox) == []
+    await asyncio.wait_for(wire.outbox.drained(), 1)
+
+
+async def test_a_sample_whose_tokens_are_thrown_away_on_its_return_is_acknowledged() -> None:
+    """Fails when the offset, 0 then, has to be that of the report: its lease stayed open for ever."""
+    wire = Wire()
+    out = wire.outbox.open(7, 0, 0, 0)
+    await out.report(segment(3), Status.ABORTED)
+    wire.outbox.acknowledged([Ack(7, 0, 0, 0, True, last=True)])
+    assert wire.outbox.fences == []
 
 
 async def test_a_refused_sample_ends_without_waiting_for_anybody() -> None:
@@ -103,18 +129,18 @@ async def test_no_more_bytes_are_on_their_way_than_the_window_and_a_larger_repor
     await wire.write()
     assert [r.fence for r in wire.sent] == [0, 1]
     assert wire.outbox.on_the_way_bytes == 2 * size
-    wire.outbox.acknowledged([Ack(0, 0, 0, 100, True)])
+    wire.outbox.acknowledged([Ack(0, 0, 0, 100, True, last=True)])
     await wire.write()
     assert [r.fence for r in wire.sent] == [0, 1, 2]
     # A desk that has come back hears what it may not know, within the window; the rest follows.
     assert again(wire.outbox) == [(1, 0, 100), (2, 0, 100)]
-    wire.outbox.acknowledged([Ack(1, 0, 1, 100, True), Ack(2, 0, 2, 100, True)])
+    wire.outbox.acknowledged([Ack(1, 0, 1, 100, True, last=True), Ack(2, 0, 2, 100, True, last=True)])
     await wire.write()
     assert [r.fence for r in wire.sent][3:] == [3]
-    wire.outbox.acknowledged([Ack(3, 0, 3, 100, True)])
+    wire.outbox.acknowledged([Ack(3, 0, 3, 100, True, last=True)])
     await wire.write()
     assert [r.fence for r in wire.sent][4:] == [4], "a report larger than the window never went"
-    wire.outbox.acknowledged([Ack(4, 0, 4, 1000, True)])
+    wire.outbox.acknowledged([Ack(4, 0, 4, 1000, True, last=True)])
     assert (wire.outbox.on_the_way_bytes, wire.outbox.fences) == (0, [])
 
 
@@ -153,7 +179,7 @@ async def test_what_no_message_can_carry_fails_its_sample_by_name() -> None:
     assert "at most 1000 fit a message" in last.reason
     async with asyncio.timeout(1):
         await out.report(segment(5), Status.ABORTED)  # what the engine still says changes nothing
-    wire.outbox.acknowledged([Ack(7, 12, 3, 10, True)])
+    wire.outbox.acknowledged([Ack(7, 12, 3, 10, True, last=True)])
     assert wire.outbox.fences == []
 
 
