@@ -39,7 +39,7 @@ def _worker(ledger: Ledger, worker: WorkerRecord, *, now: float) -> Worker:
     return Worker(
         name=worker.name,
         role=worker.role,
-        silent_s=max(0.0, now - worker.last_seen),
+        silent_s=max(0.0, ledger.fleet.steady - worker.last_seen),
         credit={str(kind): count for kind, count in worker.credit.items() if count},
         credit_bytes=worker.credit_bytes,
         leases=len(held),

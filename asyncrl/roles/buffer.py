@@ -301,7 +301,7 @@ class BufferRole(Actor):
     def vitals(self) -> Facts:
         wanted = self.plan.topology.buffer.min_free_bytes
         free = self._free_bytes
-        desk = desk_facts(self.ledger, now=time.time(), free_bytes=free, min_free_bytes=wanted)
+        desk = desk_facts(self.ledger, now=self._now(), free_bytes=free, min_free_bytes=wanted)
         return msgspec.structs.replace(super().vitals(), desk=desk)
 
     def links(self) -> dict[str, ClientLink | ServerLink]:

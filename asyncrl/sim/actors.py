@@ -157,6 +157,7 @@ class Evaluator(Peer):
         if not isinstance(message, control.Evaluated):
             return
         key = (message.version, message.incarnation)
+        self.send(control.Want(kind=Kind.EVALUATE, samples=0, num_bytes=sum(map(len, frames))))
         if not self._pieces.follows(key, message.part):
             return
         self._groups = self._groups if message.part else []

@@ -129,14 +129,14 @@ class SimulatedDesk:
                 self.desk.take(worker, message, frames, now)
             except ProtocolError as error:
                 raise InvariantError("the protocol is kept", f"{worker.name}: {error}") from error
-            if isinstance(message, control.Want) and message.kind is Kind.TRAIN:
-                self.courier.credit(message.num_bytes)
+            if isinstance(message, control.Want) and message.kind in {Kind.TRAIN, Kind.EVALUATE}:
+                self.courier.credit(message.num_bytes, peer=address)
         self.changed()
 
     def _join(self, address: bytes, hello: control.Hello, now: float) -> None:
         require(not check_hello(hello), "the protocol is kept", f"{hello}: {check_hello(hello)}")
         self.members.join(address, hello, now)
-        if hello.role == "trainer":
+        if hello.role in {"trainer", "evaluator"}:
             self._came.append(address)
 
     def _later(self, life: int, address: bytes, message: Any, frames: list[bytes]) -> None:
