@@ -23,7 +23,7 @@ from asyncrl.link import Delivery
 from asyncrl.messages.supervision import Alarm, Diagnose, Diagnosis, Reply
 from asyncrl.obs.doctor import Report, report_on, save
 from asyncrl.obs.stacks import ask, descendants
-from asyncrl.obs.view import StepUpdate, Update
+from asyncrl.obs.view import QueueUpdate, StepUpdate, Update
 from asyncrl.obs.vitals import Case, Facts, Member, Process, process_of
 from asyncrl.topology.plan import Plan
 
@@ -64,6 +64,7 @@ class Doctor:
         self._answered = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
         self._step = 0
+        self._evaluated = 0
         self._stepped = time.monotonic()
 
     # What it hears.
@@ -86,13 +87,19 @@ class Doctor:
         return member is not None and member.peer == delivery.peer
 
     def noticed(self, update: Update) -> None:
-        """People were shown something; a rollout step is what a run is measured by."""
+        """People were shown something; a rollout step is what a run is measured by.
+
+        So are answers that are evaluated: nothing can be trained meanwhile in the beginning and at the end,
+        and as each version has so many of them, they excuse nothing for ever.
+        """
         if isinstance(update, StepUpdate):
             self._step, self._stepped = update.step, time.monotonic()
+        if isinstance(update, QueueUpdate) and update.evaluated > self._evaluated:
+            self._evaluated, self._stepped = update.evaluated, time.monotonic()
 
     @property
     def since_step_s(self) -> float:
-        """Seconds since the last rollout step, or since the start. Leases that move are no excuse."""
+        """Seconds since the last rollout step (evaluated group, start). Leases that move are no excuse."""
         return time.monotonic() - self._stepped
 
     def _answer(self, message: Diagnosis) -> None:

@@ -125,5 +125,5 @@ def _credits(plan: Plan) -> Table:
     table.add_column("samples", justify="right")
     table.add_column("MiB", justify="right")
     for credit in plan.credits:
-        table.add_row(credit.hop, str(credit.samples), f"{credit.max_bytes / 2**20:g}")
+        table.add_row(credit.hop, str(credit.samples or "-"), f"{credit.max_bytes / 2**20:g}")
     return table

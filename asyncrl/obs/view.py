@@ -81,6 +81,8 @@ class QueueUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="queue"):
     tickets_used: int
     """Groups outstanding."""
     tickets_total: int
+    evaluated: int = 0
+    """Groups of the lane eval that were evaluated so far."""
 
 
 class MemberUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="member"):

@@ -242,7 +242,12 @@ class BufferRole(Actor):
         await self._show_lengths()
         self.metrics.write(self.gauges, step=self.ledger.batches.num_trained)
         await self.tell(
-            QueueUpdate(counts=counts, tickets_used=used, tickets_total=self.ledger.batches.tickets)
+            QueueUpdate(
+                counts=counts,
+                tickets_used=used,
+                tickets_total=self.ledger.batches.tickets,
+                evaluated=self.ledger.book.totals[f"settled.{Settled.EVALUATED}.groups"],
+            )
         )
 
     async def _show_lengths(self) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from asyncrl.messages.codec import SizeLimits
 from asyncrl.topology import batch, catalogue, checks_algorithm, checks_rewards, checks_trainer
 from asyncrl.topology.plugins import BOXED, check_reward_name
 from asyncrl.topology.ranges import RANGES, Range
@@ -20,6 +21,9 @@ ENGINES = ("embedded", "scripted")
 """What `generator.engine` may name."""
 RESERVED = ("source", "buffer", "trainer", "supervisor", "evaluator")
 """Names that belong to the processes of which there is one."""
+
+MAX_BODIES = SizeLimits().max_frames
+"""Bodies of one message; a group is delivered in one."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*%?")
@@ -36,6 +40,7 @@ def problems(topology: Topology) -> list[str]:
         _batch,
         _data,
         _lengths,
+        _pieces,
         checks_algorithm.problems,
         checks_trainer.problems,
         _rewards,
@@ -196,6 +201,19 @@ def _lengths(topology: Topology) -> Iterator[str]:
                 f"{name}: a prompt of up to {prompt} and an answer of up to {length} tokens cannot fit "
                 f"rollout_max_context_len = {context}; allowed: at most {max(0, context - prompt)}"
             )
+
+
+def _pieces(topology: Topology) -> Iterator[str]:
+    """A group has to fit one message, and every hand-in of progress is a body of its own."""
+    rollout = topology.rollout
+    samples, length = rollout.n_samples_per_prompt, rollout.rollout_max_response_len
+    pieces = samples * (-(-length // max(1, rollout.progress_every_tokens)) + 1)
+    if pieces >= MAX_BODIES:
+        yield (
+            f"rollout.progress_every_tokens: given {rollout.progress_every_tokens}: a group of {samples} "
+            f"answers of up to {length} tokens comes in {pieces} pieces; allowed: fewer than {MAX_BODIES}; "
+            "make it larger"
+        )
 
 
 def _rewards(topology: Topology) -> Iterator[str]:

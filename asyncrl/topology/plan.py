@@ -45,6 +45,7 @@ class Credit(msgspec.Struct, frozen=True, kw_only=True):
 
     hop: str
     samples: int
+    """0: bounded by bytes alone."""
     max_bytes: int
 
 
@@ -238,7 +239,13 @@ def _credits(topology: Topology) -> list[Credit]:
             for table in topology.reward
             for name in checks.process_names(table)
         ),
+        *(
+            Credit(hop=f"{name} -> buffer", samples=generator_credit(table), max_bytes=table.max_bytes)
+            for table in topology.generator
+            for name in checks.process_names(table)
+        ),
         Credit(hop="buffer -> trainer", samples=ahead, max_bytes=window),
+        Credit(hop="buffer -> evaluator", samples=0, max_bytes=window),
     ]
 
 

@@ -17,12 +17,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from asyncrl.actor.examine import Doctor
+from asyncrl.actor.roster import Roster
 from asyncrl.obs import stacks, vitals
 from asyncrl.obs.causes import cause
 from asyncrl.obs.doctor import Report, report_on, save, text
 from asyncrl.obs.stacks import Frame, Stack
+from asyncrl.obs.view import QueueUpdate
 from asyncrl.obs.vitals import Case, Desk, Facts, LoopLag, Member, Process, Spoken, Traffic, Wait, Worker
+from asyncrl.topology import load
+from asyncrl.topology.plan import compile_plan
 from tests.support.processes import wait_until
+
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
 
 USER = Frame(file="/home/me/mine.py", line=7, function="grade", kind="user")
 OURS = Frame(file="/opt/x/asyncrl/engines/scripted.py", line=40, function="Engine._run", kind="ours")
@@ -394,3 +401,28 @@ def test_a_signal_that_comes_too_late_ends_nobody() -> None:
     with stacks.answering():
         pass
     os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_answers_that_are_evaluated_put_a_stall_off_and_moving_leases_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fails when only rollout steps count: a last evaluation longer than run.stall_s would fail its run."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    async def send(_peer: bytes, _message: msgspec.Struct) -> None:
+        return
+
+    doctor = Doctor(
+        compile_plan(load.load(LAUNCHERS / "sync.toml")), run_dir=tmp_path, send=send,
+        roster=Roster(max_restarts=0), phase=lambda: "training", fail=lambda _: None,
+    )  # fmt: skip
+    queue = QueueUpdate(counts={"generating": 3}, tickets_used=1, tickets_total=9)
+    now = 50.0
+    doctor.noticed(queue)
+    assert doctor.since_step_s == 50.0
+    doctor.noticed(msgspec.structs.replace(queue, evaluated=2))
+    assert doctor.since_step_s == 0.0
+    now = 90.0
+    doctor.noticed(msgspec.structs.replace(queue, evaluated=2))
+    assert doctor.since_step_s == 40.0

@@ -171,6 +171,7 @@ def test_a_problem_is_told_whole(overrides: list[str], expected: str) -> None:
         (["rollout_max_context_len=1200", "rollout_max_prompt_len=512"], "allowed: at most 688"),
         (["dead_after_s=0.5"], "above heartbeat_s = 1"),
         (["trainer.device=gpu"], "trainer.device"),
+        (["progress_every_tokens=1", "rollout_max_response_len=4096"], "comes in 32776 pieces"),
     ],
 )
 def test_options_at_odds_are_refused_by_name(overrides: list[str], words: str) -> None:
