@@ -344,7 +344,8 @@ def _evaluations(view: View) -> Finding:
     )
     stray = view.rows(
         "select g.group_id, g.version, g.incarnation from groups g left join evaluations e"
-        " using (version, incarnation) where g.lane = 'eval' and e.version is null order by 1"
+        " using (version, incarnation) where g.lane = 'eval' and e.version is null"
+        " and (g.version >= 0 or g.reason is not 'unneeded') order by 1"
     )
     if stray and not words:
         words = "group {} belongs to an evaluation of version {}.{}, which was not started".format(*stray[0])

@@ -94,12 +94,12 @@ class Ledger:
 
     def _add_to_evaluation(self, group: GroupRecord, version: int, now: float) -> None:
         evaluation = self.versions.evaluation
-        group.version, group.issued_seq = version, self.book.seq
+        group.issued_seq = self.book.seq
         if evaluation is None or evaluation.issued or evaluation.version != version:
             # Asked for twice, or for an evaluation that was given up: the ordinals are used all the same.
             self.book.settle(group, Settled.UNNEEDED, now, f"no evaluation of version {version} waits for it")
             return
-        group.incarnation = evaluation.incarnation
+        group.version, group.incarnation = version, evaluation.incarnation
         evaluation.open_groups += 1
         self.queues.return_group(group)
 

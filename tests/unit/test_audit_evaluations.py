@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from asyncrl.buffer.audit import audit
+from asyncrl.messages.control import Need
+from asyncrl.messages.sample import Lane
 from tests.desk import Desk, make_plan
 
 
@@ -57,3 +59,25 @@ def test_an_evaluation_that_was_given_up_closes(run: Path) -> None:
 def test_but_nothing_of_it_may_be_open_done_or_seen(run: Path, damage: str) -> None:
     edit(run, damage)
     assert holds(run).startswith("evaluation of version 0.")
+
+
+def test_prompts_that_no_evaluation_waits_for_belong_to_none(tmp_path: Path) -> None:
+    class Twice(Desk):
+        """A source that is asked twice for an evaluation: a message came again."""
+
+        def _issue(self, need: Need) -> None:
+            super()._issue(need)
+            if need.lane is Lane.EVAL:
+                super()._issue(need)
+
+    desk = Twice(tmp_path / "run", make_plan(num_rollout=5, evals=True))
+    desk.play()
+    desk.close()
+    report = audit(tmp_path / "run", deep=True)
+    assert report.closes, report.text()
+    with sqlite3.connect(tmp_path / "run" / "buffer.db") as db:
+        left = db.execute("select version from groups where lane = 'eval' and reason = 'unneeded'").fetchall()
+    db.close()
+    assert set(left) == {(-1,)}
+    edit(tmp_path / "run", "update groups set reason = 'evaluated' where lane = 'eval' and version = -1")
+    assert "was not started" in holds(tmp_path / "run")

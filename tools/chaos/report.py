@@ -11,6 +11,8 @@ import msgspec
 from tools.chaos.checks import Outcome, Recovery
 
 ROLES = ("source", "evaluator", "generator", "reward", "buffer", "trainer", "supervisor", "all", "random")
+SEVERAL = ("all", "random")
+"""Rows of cases in which several roles are hit."""
 _HEAD = (
     "role", "cases", "kills", "lost", "twice", "differently", "recovered in s (median)", "worst",
     "trained again in s (median)", "worst",
@@ -54,10 +56,12 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _row(role: str, mine: Sequence[Outcome], everyone: Sequence[Outcome]) -> tuple[str, ...]:
-    kills = sum(outcome.deaths.get(role, 0) for outcome in everyone)
-    if role == "all":
-        kills = sum(sum(outcome.deaths.values()) for outcome in mine)
-    recoveries = [r for outcome in everyone for r in outcome.recoveries if r.role == role]
+    # Cases that hit several roles have rows of their own.
+    single = mine if role in SEVERAL else [outcome for outcome in everyone if outcome.role not in SEVERAL]
+    kills = sum(
+        number for outcome in single for who, number in outcome.deaths.items() if role in {who, *SEVERAL}
+    )
+    recoveries = [r for outcome in single for r in outcome.recoveries if role in {r.role, *SEVERAL}]
     return (
         role,
         str(len(mine)),
