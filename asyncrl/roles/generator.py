@@ -244,13 +244,12 @@ class GeneratorRole(DeskActor):
             self._room.clear()
             samples, num_bytes = self._freed
             self._freed = (0, 0)
-            await self._give_credit(samples, num_bytes)
-
-    async def _give_credit(self, samples: int, num_bytes: int) -> None:
-        await self.send(self._credit_message(samples, num_bytes))
+            await self.send(self._credit_message(samples, num_bytes))
 
     def _credit_message(self, samples: int, num_bytes: int) -> Want:
         version, incarnation = self.version
+        if self._draining:
+            samples = num_bytes = 0  # else what it hands back would come again
         return Want(
             kind=Kind.GENERATE,
             samples=samples,

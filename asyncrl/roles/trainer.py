@@ -200,12 +200,14 @@ class TrainerRole(DeskActor):
     async def _next(self) -> tuple[int, str, Prepared] | None:
         """The next batch; None once the run ends or drains."""
         waiters = [asyncio.create_task(self._prepared.get()), asyncio.create_task(self._finish.wait())]
-        with self.waits("batch"):
-            done, pending = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
+        try:
+            with self.waits("batch"):
+                await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiters:
+                task.cancel()
         job = waiters[0]
-        return job.result() if job in done else None  # type: ignore[return-value]
+        return job.result() if job.done() else None  # type: ignore[return-value]
 
     async def _train_one(self, batch: int, recorded: str, prepared: Prepared) -> None:
         waited_s = time.monotonic() - self._last_end
