@@ -8,6 +8,7 @@ export OMP_NUM_THREADS ?= 1
 N ?= 200
 SEED ?= 0
 JOBS ?= 2
+FRAMES ?= 500000
 
 .PHONY: help install quickstart test check bench chaos clean
 
@@ -39,7 +40,9 @@ check: $(STAMP)  ## lint and types
 bench: tiny_model/recipe.json  ## the benchmark tables of the README
 	$(BIN)/python -m tools.bench
 
-chaos: $(STAMP)  ## kill every process at every step, N=200 cases of SEED=0, JOBS=2 at a time
+chaos: $(STAMP)  ## FRAMES=500000 broken messages, then N=200 cases of SEED=0 that kill, stop, lose and damage
+	FUZZ_FRAMES=$(FRAMES) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q tests/unit/test_fuzz_codec.py \
+		tests/contracts/test_fuzz_router.py
 	$(BIN)/python -m tools.chaos --cases $(N) --seed $(SEED) --jobs $(JOBS)
 
 clean:  ## remove .venv, the tiny model and runs

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.actor.base import LAST_WORDS_S, Actor, Context
+from asyncrl.actor.waiting import WATCHDOG_S, awaiting
 from asyncrl.errors import ProtocolError, StalledError
 from asyncrl.link import ClientLink, LinkClosed, ServerLink
 from asyncrl.messages.codec import Body
@@ -155,7 +156,10 @@ class DeskActor(Actor):
         conversation = self._conversation
         for message, frames in statements:
             if not self._talking.is_set():
-                with self.waits("desk"):
+                async with awaiting(
+                    self.waits, "desk", who=self.name, what="the buffer to answer a further hello",
+                    deadline_s=self.plan.topology.run.stall_s + WATCHDOG_S, advice="see the buffer's log",
+                ):  # fmt: skip
                     await self._talking.wait()
             if conversation != self._conversation:
                 return

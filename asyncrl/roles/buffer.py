@@ -370,6 +370,7 @@ class BufferRole(Actor):
         if self.ledger.finished and not self._told_end:
             self._told_end = True
             self.state = "finished"
+            await self._show()  # how it ended; a short run may have no tick at all
             await self.tell(PhaseUpdate(phase="finished"))
 
     async def close(self) -> None:
