@@ -185,16 +185,21 @@ class TrainerRole(DeskActor):
 
     async def _train(self) -> None:
         """consumes: prepared batches    waits for: "batch"    produces: Trained, versions, checkpoints"""
+        early: dict[int, tuple[str, Prepared]] = {}
         while True:
+            due = self.trainer.rollout_step
+            if due in early:
+                await self._train_one(due, *early.pop(due))
+                if self._draining:
+                    break
+                continue
             job = await self._next()
             if job is None:
                 break
             batch, recorded, prepared = job
-            if batch != self.trainer.rollout_step:
-                continue  # delivered again after we had trained it, or the one before it was lost on its way
-            await self._train_one(batch, recorded, prepared)
-            if self._draining:
-                break
+            # One that has overtaken the batch before it waits; one that we have trained came again.
+            if batch >= due:
+                early[batch] = (recorded, prepared)
         await self._last_deeds()
 
     async def _next(self) -> tuple[int, str, Prepared] | None:
