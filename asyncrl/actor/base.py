@@ -1,6 +1,7 @@
 """The life of an actor: open, loops in one TaskGroup, drain, close. A loop that ends or fails ends the actor.
 
 Every actor dials the supervisor (control link) and every actor but the buffer dials the buffer (desk link).
+It reports, answers the doctor and can be told to leave from its first moment on, while it still loads.
 Each link has one reader loop here; a role reacts in `handle` and does its work in `loops`. Compute never runs
 on the event loop: `compute` is the one way to a thread.
 """
@@ -101,6 +102,8 @@ class Actor:
     """Base of every role; see the module's docstring."""
 
     role = ""
+    drains_while_starting = True
+    """Whether it has nothing to hand back before it is ready, so that a drain ends it at once."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -119,6 +122,9 @@ class Actor:
         self._tasks: asyncio.TaskGroup | None = None
         self._drain_task: asyncio.Task[None] | None = None
         self._done = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._early: list[Any] = []
+        """What the supervisor said to the role before it was ready."""
         self._control: ClientLink | None = None
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{context.name}-compute")
 
@@ -128,17 +134,17 @@ class Actor:
         """Get ready before anything is promised: load a model, open files."""
 
     async def begin(self) -> None:
-        """Dial whom the role needs; nothing that takes long (heartbeats start after it)."""
+        """Dial whom the role needs."""
 
     async def ready(self) -> None:
-        """Get ready for work, with heartbeats running; the loops start after it."""
+        """Get ready for work; the loops start after it."""
 
     def loops(self) -> Sequence[Coroutine[Any, Any, None]]:
         """The work."""
         return []
 
     async def on_control(self, message: Any) -> None:
-        """A message from the supervisor other than Drain and Stop."""
+        """A message from the supervisor other than Drain and Stop, once the role is ready."""
 
     async def drain(self) -> None:
         """Finish or hand back what is held, then `leave`."""
@@ -199,6 +205,11 @@ class Actor:
         """Whether `leave` was called."""
         return self._done.is_set()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has got ready for work."""
+        return self._ready.is_set()
+
     async def compute(self, work: Callable[[], T]) -> T:
         """Run blocking work on the actor's one compute thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -213,16 +224,13 @@ class Actor:
         """Live; returns the exit code. Raises what ended the actor, an AsyncrlError where it can be named."""
         try:
             await self._dial_control()
-            await self.open()
-            await self.begin()
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 own = (self._read_control(), self._heartbeat(), self._lag.watch())
                 running = [tasks.create_task(loop) for loop in own]
-                await self.ready()
-                self.state = "running"
-                running += [tasks.create_task(self._guard(loop)) for loop in self.loops()]
-                await self._done.wait()
+                if await self._started():
+                    running += [tasks.create_task(self._guard(loop)) for loop in self.loops()]
+                    await self._done.wait()
                 for task in [*running, *([self._drain_task] if self._drain_task is not None else [])]:
                     task.cancel()
             await self._say(Exiting(name=self.name, code=int(self.exit_code)))
@@ -236,6 +244,28 @@ class Actor:
         finally:
             await self._end()
         return self.exit_code
+
+    async def _started(self) -> bool:
+        """Get ready; False when it was told to leave before that. Raises what went wrong."""
+        starting, leaving = asyncio.create_task(self._start()), asyncio.create_task(self._done.wait())
+        try:
+            await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (starting, leaving):
+                task.cancel()
+            await asyncio.gather(starting, leaving, return_exceptions=True)
+        return not starting.cancelled() and starting.result()
+
+    async def _start(self) -> bool:
+        await self.open()
+        await self.begin()
+        await self.ready()
+        if self.state == "starting":
+            self.state = "running"
+        self._ready.set()
+        for message in self._early:
+            await self.on_control(message)
+        return True
 
     async def _guard(self, loop: Coroutine[Any, Any, None]) -> None:
         """A work loop that returns ends the actor."""
@@ -300,14 +330,23 @@ class Actor:
                     if self._drain_task is None and self._tasks is not None:
                         self.state = "draining"
                         # Beside this loop: whoever drains for long can still be asked how it is.
-                        self._drain_task = self._tasks.create_task(self.drain(), name="drain")
+                        self._drain_task = self._tasks.create_task(self._drain(), name="drain")
                 case Diagnose():
                     facts = msgspec.json.encode(self.vitals())
                     await self._say(Diagnosis(name=self.name, number=message.number, facts=facts))
                 case Stop():
                     self.leave(ExitCode.DRAINED if self.state == "draining" else ExitCode.FINISHED)
+                case _ if not self.is_ready:
+                    self._early.append(message)
                 case _:
                     await self.on_control(message)
+
+    async def _drain(self) -> None:
+        if self.is_ready or not self.drains_while_starting:
+            await self._ready.wait()
+            await self.drain()
+        else:
+            self.leave(ExitCode.DRAINED)
 
     async def _heartbeat(self) -> None:
         """produces: heartbeats and telemetry, every heartbeat_s    waits for: the clock"""
@@ -318,7 +357,7 @@ class Actor:
             await asyncio.sleep(every)
 
     async def beat(self) -> None:
-        """One heartbeat to whoever gives leases."""
+        """One heartbeat to whoever gives leases, once it knows us."""
 
     async def _telemetry(self, updates: list[Update]) -> None:
         facts = msgspec.json.encode([*updates, self.member()])

@@ -54,6 +54,7 @@ class DeskActor(Actor):
         self._talking = asyncio.Event()
         self._conversation = 0
         """Counts welcomes; what waits to be said when another one comes has been said by `restate`."""
+        self._said_hello = False
         self._greeted = ""
         """The desk's life that we have said hello to and that has not answered; empty while talking."""
         self._greeted_at = 0.0
@@ -101,6 +102,7 @@ class DeskActor(Actor):
     async def begin(self) -> None:
         self._desk = self.context.connect(self.context.desk_address, receives=FromBuffer)
         await self._desk.send(self.hello())
+        self._said_hello = True
         with self.waits("welcome"):
             self._welcome = await self._first_answer(self._desk)
         self._talking.set()
@@ -121,7 +123,6 @@ class DeskActor(Actor):
                         # Our hello or its answer may be lost; a desk that has the hello will not ask for it.
                         self._cuts = desk.cuts
                         await self._greet("unknown")
-                    await self.beat()
                     continue
                 message = receiving.result().message
                 receiving = asyncio.ensure_future(desk.recv())
@@ -228,7 +229,8 @@ class DeskActor(Actor):
 
     async def beat(self) -> None:
         """A heartbeat, also to a desk that does not know us: its answer is how we notice."""
-        assert self._desk is not None
+        if self._desk is None or not self._said_hello:
+            return
         every_s = self.plan.topology.run.heartbeat_s
         # A desk that does not read may not keep us from reporting to the supervisor.
         with contextlib.suppress(TimeoutError):

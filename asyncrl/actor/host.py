@@ -15,14 +15,17 @@ import importlib
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import structlog
 
-from asyncrl.actor.base import Actor, Context, first_error
+from asyncrl.actor.base import LAST_WORDS_S, Actor, Context, first_error
 from asyncrl.chaos import begin_life
 from asyncrl.errors import AsyncrlError, ExitCode
 from asyncrl.link import Hub, read_key
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = _run(plan, options)
     finally:
         logging.close()
-    sys.exit(int(code))
+    _leave(int(code))
 
 
 def _run(plan: Plan, options: argparse.Namespace) -> ExitCode:
@@ -139,6 +142,20 @@ def _run(plan: Plan, options: argparse.Namespace) -> ExitCode:
     except AsyncrlError as error:
         return report(error)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit, also from the midst of a computation that nobody waits for: the loading of a model."""
+    ends = time.monotonic() + LAST_WORDS_S
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(timeout=max(0.0, ends - time.monotonic()))
+            if thread.is_alive():
+                # The interpreter would wait for its end.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+    sys.exit(code)
 
 
 def report(error: BaseException) -> ExitCode:

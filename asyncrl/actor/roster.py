@@ -62,7 +62,9 @@ class MemberState:
     heard_at: float = 0.0
     """When it was started or heard of last, on the clock of `Roster.silent`."""
     beats: bool = False
-    """Whether it reports regularly by now; before that it loads, which may take long."""
+    """Whether it has said that it is ready; before that it loads, and may be silent for long."""
+    stopped_at: float | None = None
+    """When its process, which is still stopped (SIGSTOP), was seen stopped first."""
 
     @property
     def state(self) -> State:
@@ -143,15 +145,16 @@ class Roster:
         member.last_words, member.final, member.said_why = message.message, message.final, True
         return member
 
-    def heard(self, name: str, now: float) -> None:
-        """It reported."""
+    def heard(self, name: str, now: float, *, ready: bool = True) -> None:
+        """It reported, and whether it is ready for work."""
         member = self.members.get(name)
         if member is not None:
-            member.heard_at, member.beats = now, True
+            member.heard_at, member.beats = now, ready
 
     def silent(
-        self, now: float, *, every_s: float, heartbeat_s: float, dead_after_s: float, start_s: float
-    ) -> list[tuple[MemberState, float]]:
+        self, now: float, *, every_s: float, heartbeat_s: float, dead_after_s: float, start_s: float,
+        stopped: Collection[str] = (),
+    ) -> list[tuple[MemberState, float]]:  # fmt: skip
         """Processes of our own that are dead from now on, with how long they have been silent.
 
         Whoever missed `SUSPECT_HEARTBEATS` becomes a suspect before. Time in which the supervisor itself
@@ -161,8 +164,9 @@ class Roster:
             now: the present time.
             every_s: how often this is called when nothing is wrong.
             heartbeat_s: how often members report.
-            dead_after_s: silence after which one that reports counts as dead.
-            start_s: how long one may take from its start to its first report.
+            dead_after_s: silence after which one that is ready counts as dead.
+            start_s: how long one may be silent before that: loading may keep it from everything else.
+            stopped: names of those whose process is stopped; nobody loads that way.
         """
         stood_still = now - self._last_look - 2 * every_s if self._last_look is not None else 0.0
         self._last_look = now
@@ -170,12 +174,20 @@ class Roster:
         for member in self.present():
             member.heard_at += max(0.0, stood_still)
             silence = now - member.heard_at
+            if member.name not in stopped:
+                member.stopped_at = None
+            elif member.stopped_at is None:
+                member.stopped_at = now
+            else:
+                member.stopped_at += max(0.0, stood_still)
             if not member.health.alive:
                 continue
             reports = member.beats and not member.said_why
             if reports:
                 member.health.silent(now, seconds=silence, suspect_after_s=SUSPECT_HEARTBEATS * heartbeat_s)
-            if not member.attached and silence > (dead_after_s if reports else start_s):
+            stopped_s = now - member.stopped_at if member.stopped_at is not None else 0.0
+            due = stopped_s > dead_after_s or silence > (dead_after_s if reports else start_s)
+            if due and not member.attached:
                 member.health.died(now)
                 found.append((member, silence))
         return found

@@ -344,9 +344,9 @@ class Supervisor:
         except ProtocolError as error:
             self._complain("malformed", peer, str(error))
             return
-        self.roster.heard(message.name, time.monotonic())
         for update in updates:
             if isinstance(update, MemberUpdate):
+                self.roster.heard(message.name, time.monotonic(), ready=update.ready)
                 self.watch.heard(update, time.monotonic())
                 continue
             self.doctor.noticed(update)

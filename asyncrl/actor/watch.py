@@ -19,10 +19,11 @@ from asyncrl.actor.health import State
 from asyncrl.actor.roster import MemberState, Roster
 from asyncrl.actor.slowness import Culling, Paces
 from asyncrl.obs.view import MemberUpdate, NoteUpdate, Update
+from asyncrl.obs.vitals import is_stopped
 from asyncrl.topology.schema import RunConfig
 
 START_DEADLINE_S = 120.0
-"""How long a process may take from start to hello: importing torch on a cold disk is slow."""
+"""How long a process may be silent until it is ready: importing torch on a cold disk is slow."""
 LOOK_S = 0.5
 """How often the supervisor looks at stalls, silences and deadlines."""
 
@@ -65,7 +66,7 @@ class Watch:
         doubts = self._paces.report(update, now)
         # Only generators serve weights; a version without the digest they checked is none.
         serves = update.version is not None and update.version >= 0 and bool(update.digest)
-        verified = serves or member.role != "generator"
+        verified = serves if member.role == "generator" else update.ready
         member.health.report(now, verified=verified, doubts=doubts)
         self._keep(member, update)
         if self._noticed(member):
@@ -90,11 +91,13 @@ class Watch:
             heartbeat_s=self._run.heartbeat_s,
             dead_after_s=limit,
             start_s=START_DEADLINE_S,
+            stopped={m.name for m in self._roster.present(own=True) if m.pid and is_stopped(m.pid)},
         )
         for member, silence in silent:
             if self._kill(member.name):
                 member.killed_for = "silence"
-                member.last_words = f"silent for {silence:.1f} s (run.dead_after_s = {limit:g})"
+                how = "stopped (SIGSTOP)" if member.stopped_at is not None else "silent"
+                member.last_words = f"{how} for {silence:.1f} s (run.dead_after_s = {limit:g})"
         self._cull(now)
         changed = [member for member in self._roster.members.values() if self._noticed(member)]
         if changed:

@@ -109,7 +109,13 @@ class Embedded:
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._compute, args=(ready,), name="engine", daemon=True)
         self._thread.start()
-        await ready
+        try:
+            await ready
+        except asyncio.CancelledError:
+            # Loading cannot be interrupted, and nobody has to wait for it: the thread ends after it.
+            self._thread = None
+            self._inbox.put(_Close())
+            raise
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`. The request is queued by the first `anext`. Raises ValueError, RunError."""

@@ -122,6 +122,11 @@ class MemberUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="member"):
     """How it stands by the supervisor's judgement, which adds it: `actor.health.State`."""
 
     @property
+    def ready(self) -> bool:
+        """Whether it has got ready for work since it was started."""
+        return self.state != "starting"
+
+    @property
     def word(self) -> str:
         """Its state in one word: what it says, unless the supervisor knows of trouble."""
         if self.state in GONE or self.health in {"", "healthy", "retired"}:

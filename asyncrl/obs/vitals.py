@@ -260,19 +260,32 @@ def rss_bytes(pid: int | str = "self") -> int:
 
 def process_of(pid: int, *, stacks: list[Stack] | None = None) -> Process:
     """What /proc says of a process of this host."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    command, state = _command_and_state(pid)
+    if not state:
         return Process(pid=pid, state="gone")
-    head, _, tail = text.rpartition(")")
     return Process(
         pid=pid,
-        state=tail.split()[0],
+        state=state,
         # Not its command line: reading that waits for the memory lock of a process that hangs in the kernel.
-        command=head.partition("(")[2],
+        command=command,
         rss_bytes=rss_bytes(pid),
         stacks=stacks or [],
     )
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this host is stopped (SIGSTOP); False where the kernel has no /proc."""
+    return _command_and_state(pid)[1] == "T"
+
+
+def _command_and_state(pid: int) -> tuple[str, str]:
+    """The process's name and its letter of /proc; empty once it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", ""
+    head, _, tail = text.rpartition(")")
+    return head.partition("(")[2], tail.split()[0]
 
 
 def _status_number(pid: int | str, field: str) -> int:

@@ -76,6 +76,8 @@ class BufferRole(Actor):
     """
 
     role = "buffer"
+    drains_while_starting = False
+    """What the others hand back while they drain has to be committed."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -304,6 +306,8 @@ class BufferRole(Actor):
         raise NothingToTrainError(reason)
 
     def vitals(self) -> Facts:
+        if not self.is_ready:
+            return super().vitals()  # the ledger is being restored, on another thread
         wanted = self.plan.topology.buffer.min_free_bytes
         free = self._free_bytes
         desk = desk_facts(self.ledger, now=self._now(), free_bytes=free, min_free_bytes=wanted)

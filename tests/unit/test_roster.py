@@ -75,9 +75,11 @@ def test_which_errors_another_try_would_repeat() -> None:
     assert not RunError.final
 
 
-def silent(roster: Roster, now: float) -> list[str]:
+def silent(roster: Roster, now: float, *, stopped: str = "") -> list[str]:
     """Names of the silent, looked for every half second."""
-    found = roster.silent(now, every_s=0.5, heartbeat_s=0.5, dead_after_s=3.0, start_s=100.0)
+    found = roster.silent(
+        now, every_s=0.5, heartbeat_s=0.5, dead_after_s=3.0, start_s=100.0, stopped={stopped}
+    )
     return [member.name for member, _ in found]
 
 
@@ -147,6 +149,33 @@ def test_one_that_never_reports_is_given_up_after_its_start_deadline() -> None:
     roster = Roster(max_restarts=1)
     roster.join("g", "generator", "a", now=0.0)
     assert [n for n in range(220) if silent(roster, n / 2)] == [201], "once"
+
+
+def test_one_that_reports_that_it_loads_may_be_silent_until_its_start_deadline() -> None:
+    """Fails when a report makes its sender one that is ready, whatever it says."""
+    roster = Roster(max_restarts=1)
+    roster.join("g", "generator", "a", now=0.0)
+    roster.heard("g", 10.0, ready=False)
+    assert [n / 2 for n in range(300) if silent(roster, n / 2)] == [110.5]
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["own", "attached"])
+def test_one_that_is_stopped_loads_nothing(*, attached: bool) -> None:
+    """Fails when a stopped process is given the time of one that loads, or one that was continued is not."""
+    roster = Roster(max_restarts=1)
+    roster.join("g", "generator", "a", attached=attached, now=0.0)
+    assert [silent(roster, n / 2, stopped="g") for n in range(6)] == [[]] * 6
+    assert [silent(roster, n / 2) for n in range(6, 12)] == [[]] * 6
+    looks = {n / 2: silent(roster, n / 2, stopped="g") for n in range(12, 24)}
+    assert [now for now, names in looks.items() if names] == ([] if attached else [9.5])
+
+
+def test_a_stopped_one_is_not_charged_for_the_time_in_which_the_supervisor_stood_still() -> None:
+    roster = Roster(max_restarts=1)
+    roster.join("g", "generator", "a", now=0.0)
+    assert silent(roster, 1.0, stopped="g") == []
+    assert silent(roster, 11.0, stopped="g") == []
+    assert [n for n in range(23, 32) if silent(roster, n / 2, stopped="g")] == [27]
 
 
 def test_one_that_said_goodbye_may_clean_up_in_silence() -> None:

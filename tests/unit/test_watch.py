@@ -42,7 +42,7 @@ class World:
         if name not in self.roster.members:
             self.roster.join(name, role, "a")
         self.roster.heard(name, now)
-        self.watch.heard(MemberUpdate(name=name, role=role, state="running", **facts), now)
+        self.watch.heard(MemberUpdate(name=name, role=role, **{"state": "running", **facts}), now)
         return self.roster.members[name].state
 
 
@@ -54,11 +54,12 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def test_a_generator_is_trusted_once_it_serves_what_it_has_verified(world: World) -> None:
-    """Fails when version 0 counts as none, or a version without a digest as one."""
+    """Fails when version 0 counts as none, a version without a digest as one, or one that loads as ready."""
     assert world.report("g", version=None) is State.STALE
     assert world.report("g", version=-1, digest="") is State.STALE
     assert world.report("g", version=3, digest="") is State.STALE
     assert world.report("g", version=0, digest="abc") is State.HEALTHY
+    assert world.report("r", role="reward", state="starting") is State.STALE
     assert world.report("r", role="reward") is State.HEALTHY
 
 

@@ -38,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(case.spec)
         return 0
     if os.environ.get("OMP_NUM_THREADS") != "1":
-        # Torch's threads are made when it is imported, and who has threads cannot fork.
+        # Threads of numpy and torch are made when these are imported, and who has threads cannot fork.
         os.environ["OMP_NUM_THREADS"] = "1"
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, "-m", "tools.chaos", *arguments])  # noqa: S606 - ourselves
     world.preload()
     work = given.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     began = time.monotonic()

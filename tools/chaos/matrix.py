@@ -23,7 +23,6 @@ HOUR_S = 3600.0
 ACTORS = {"generator": "generator-0", "reward": "reward-0"}
 """Names of the roles that have several."""
 ACTIONS = ("kill", "exit", "stop", "stop and continue", "stop, replaced", "slow", "slow, replaced")
-STANDING_STILL = ("stop", "stop, replaced", "slow, replaced")
 NO_SPACE = "no space|disk|full"
 RANDOM_ORDERS = 4
 RANDOM_ACTIONS = ("kill", "kill", "kill", "exit", "stop", "stop and continue", "slow", "delay", "duplicate")
@@ -75,8 +74,8 @@ def rest() -> list[Case]:
 
 def _cases(role: str, moment: Moment, action: str) -> Iterator[Case]:
     """One case, or none where it makes no sense."""
-    if moment.name in LOADING and action in STANDING_STILL:
-        return  # who has not reported yet may load for a long time: nobody would notice
+    if moment.name in LOADING and action == "slow, replaced":
+        return  # who is slow before it is ready loads, and is not replaced
     if role == "supervisor" and action in {"stop", "exit"}:
         return  # nobody is there to do anything about it
     yield Case(
@@ -254,8 +253,6 @@ def _drawn(draw: random.Random, index: int) -> tuple[Order, Sequence[Step]]:
     elif action in {"delay", "duplicate"}:
         action = "kill"
     moment = draw.choice(MOMENTS[role])
-    if moment.name in LOADING and action in STANDING_STILL:
-        action = "kill"
     order = _order(role, moment, action)
     return (
         Order(

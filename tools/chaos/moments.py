@@ -145,7 +145,7 @@ LOADING = (
     "at its start", "after hello", "before welcome", "mid-attach, after hello", "mid-attach, before welcome",
     "after welcome",
 )  # fmt: skip
-"""Moments before the first report: a process that stands still there looks like one that loads a model."""
+"""Moments before an actor is ready: one that is slow there looks like one that loads a model."""
 
 MESSAGES: dict[str, tuple[str, ...]] = {
     "source": ("send:Issue", "receive:Need"),
