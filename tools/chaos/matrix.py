@@ -224,6 +224,13 @@ def _newcomers() -> Iterator[Case]:
             name=f"generator: attached, kill {at}", role="generator", orders=[mark, order],
             steps=[Step(do="attach")], options={"run.num_rollout": 8},
         )  # fmt: skip
+    for at in ("receive:Welcome", "received:Leases"):
+        order = Order(actor="attached-generator-0", at=at, action="stop")
+        yield Case(
+            name=f"generator: attached, stop and continue {at}", role="generator", orders=[mark, order],
+            steps=[Step(do="attach"), Step(do="continue", order=1, after_s=LONG_S)],
+            options={"run.num_rollout": 12},
+        )  # fmt: skip
 
 
 def _schedule(draw: random.Random, number: int) -> Case:
