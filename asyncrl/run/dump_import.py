@@ -35,7 +35,7 @@ from asyncrl.errors import ConfigError, DataError
 from asyncrl.messages.parts import Body, encode_body
 from asyncrl.messages.sample import Lane, Sample, Segment, Span, Status
 from asyncrl.run import rundir
-from asyncrl.run.dump import Line, sample_of
+from asyncrl.run.dump_format import Line, sample_of
 from asyncrl.topology.plan import Plan, compile_plan
 from asyncrl.topology.schema import Topology
 from asyncrl.train.rows import decode

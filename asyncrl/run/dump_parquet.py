@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.errors import ConfigError
-from asyncrl.run.dump import Line
+from asyncrl.run.dump_format import Line
 
 COLUMNS = {
     "group_id": "int64",

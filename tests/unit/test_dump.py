@@ -34,7 +34,7 @@ from asyncrl.messages.sample import (
     pack_routing,
     pack_tokens,
 )
-from asyncrl.run import dump, dump_parquet
+from asyncrl.run import dump, dump_format, dump_parquet
 from asyncrl.run.dump_import import Imported, import_dump
 from asyncrl.topology.load import parse
 from tests.desk import Desk, make_plan, played
@@ -104,9 +104,9 @@ def any_sample(draw: st.DrawFn) -> Sample:
 
 @given(any_sample())
 def test_a_sample_survives_its_line(sample: Sample) -> None:
-    text = msgspec.json.encode(dump.line_of(sample))
+    text = msgspec.json.encode(dump_format.line_of(sample))
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    again = dump.sample_of(msgspec.json.decode(text, type=dump.Line))
+    again = dump_format.sample_of(msgspec.json.decode(text, type=dump_format.Line))
     assert again == sample
     assert msgspec.msgpack.encode(again.score) == msgspec.msgpack.encode(sample.score), "types, too"
 
@@ -114,9 +114,9 @@ def test_a_sample_survives_its_line(sample: Sample) -> None:
 def test_every_bit_of_a_log_prob_survives() -> None:
     values = np.array([-0.1, 1e-45, 3.4e38, -0.0, np.inf, -np.inf, 16777217], dtype="<f4")
     sample = Sample(group_id=0, index=0, prompt=Prompt(tokens=b""), logprobs=values.tobytes())
-    line = json.loads(msgspec.json.encode(dump.line_of(sample)))
+    line = json.loads(msgspec.json.encode(dump_format.line_of(sample)))
     assert line["logprobs"][4:6] == ["inf", "-inf"]
-    again = dump.sample_of(msgspec.convert(line, dump.Line))
+    again = dump_format.sample_of(msgspec.convert(line, dump_format.Line))
     assert again.logprobs == values.tobytes()
 
 
@@ -125,7 +125,7 @@ def test_every_bit_of_a_log_prob_survives() -> None:
 )
 def test_what_json_cannot_hold_is_named(label: Any, same: bool) -> None:
     sample = Sample(group_id=3, index=1, prompt=Prompt(tokens=b"", label=label))
-    assert dump.altered(sample) == ("" if same else "group 3 sample 1: label")
+    assert dump_format.altered(sample) == ("" if same else "group 3 sample 1: label")
 
 
 # Export.
@@ -195,7 +195,7 @@ def test_parquet_without_pyarrow_names_the_extra(finished: Path, tmp_path: Path)
 
 
 def test_parquet_has_the_columns_of_a_line() -> None:
-    assert list(dump_parquet.COLUMNS) == list(dump.Line.__struct_fields__)
+    assert list(dump_parquet.COLUMNS) == list(dump_format.Line.__struct_fields__)
 
 
 def test_parquet_holds_what_the_lines_hold(finished: Path, tmp_path: Path) -> None:
@@ -355,10 +355,10 @@ def test_show_prints_a_sample(finished: Path, capsys: pytest.CaptureFixture[str]
     assert "group 0 of lane train: trained, batch 0" in out
     assert "sample 0.1: completed, " in out
     command.show(finished, "0.1", as_json=True)
-    line = msgspec.json.decode(capsys.readouterr().out, type=dump.Line)
+    line = msgspec.json.decode(capsys.readouterr().out, type=dump_format.Line)
     with Records(finished) as records:
         expected = next(s for g in records.batch(0) for s in g if (s.group_id, s.index) == (0, 1))
-    assert dump.sample_of(line) == expected
+    assert dump_format.sample_of(line) == expected
     for wrong in ("0.7", "999"):
         with pytest.raises(DataError, match="buffer ls"):
             command.show(finished, wrong, as_json=False)
