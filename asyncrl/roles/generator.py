@@ -239,7 +239,7 @@ class GeneratorRole(DeskActor):
     async def _credit(self) -> None:
         """consumes: freed room    waits for: samples to end    produces: one Want for all of it"""
         while True:
-            with self.idle("room", beside=True):
+            with self.side_waits("room"):
                 await self._room.wait()
             self._room.clear()
             samples, num_bytes = self._freed
