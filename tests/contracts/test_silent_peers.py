@@ -142,6 +142,8 @@ async def stage(place: Path, role: str = "reward", **run: Any) -> AsyncIterator[
     try:
         yield made
     finally:
+        if isinstance(actor, Worker):
+            actor.loaded.set()
         actor.leave()
         await asyncio.wait([made.task])
         await desk.close()
