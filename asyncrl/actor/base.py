@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
+from asyncrl.actor.waiting import Peers, silence_of
 from asyncrl.chaos import Life, tapped_client, tapped_server
 from asyncrl.errors import AsyncrlError, ExitCode
 from asyncrl.link import ClientLink, Hub, Key, OnMalformed, ServerLink, bind, connect
@@ -55,6 +56,9 @@ LAST_WORDS_S = 1.0
 """How long a leaving actor tries to deliver what it has sent."""
 SAY_S = 1.0
 """How long an actor waits for the supervisor to read, while a thousand messages lie unread."""
+
+SUPERVISOR = "the supervisor"
+"""What it is called where its silence is told."""
 
 SCHEMA = schema_hash([ToBuffer, FromBuffer, ToSupervisor, FromSupervisor])
 """What this code's messages look like; peers built from other code are refused."""
@@ -118,6 +122,8 @@ class Actor:
         self.exit_code = ExitCode.FINISHED
         self.metrics = MetricsWriter(context.run_dir / "metrics" / f"{context.name}.jsonl")
         self.traffic = Traffic()
+        run = self.plan.topology.run
+        self.peers = Peers(self.name, limit_s=silence_of(run), every_s=run.heartbeat_s)
         self._lag = LoopLag()
         self._tasks: asyncio.TaskGroup | None = None
         self._drain_task: asyncio.Task[None] | None = None
@@ -210,6 +216,15 @@ class Actor:
         """Whether it has got ready for work."""
         return self._ready.is_set()
 
+    def idle(self, name: str, *, beside: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Wait for work, however long; who never brings any falls silent, and that ends this actor.
+
+        Args:
+            name: what is waited for, in a word.
+            beside: whether this is a loop beside the one whose time is measured.
+        """
+        return self.peers.idle(self.side_waits if beside else self.waits, name)
+
     async def compute(self, work: Callable[[], T]) -> T:
         """Run blocking work on the actor's one compute thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -226,7 +241,7 @@ class Actor:
             await self._dial_control()
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                own = (self._read_control(), self._heartbeat(), self._lag.watch())
+                own = (self._read_control(), self._heartbeat(), self._lag.watch(), self.peers.watch())
                 running = [tasks.create_task(loop) for loop in own]
                 if await self._started():
                     running += [tasks.create_task(self._guard(loop)) for loop in self.loops()]
@@ -323,6 +338,7 @@ class Actor:
         """consumes: drain, stop and what `on_control` takes    waits for: the supervisor, for ever"""
         assert self._control is not None
         while True:
+            self.peers.heard(SUPERVISOR)
             message = (await self._control.recv()).message
             self.traffic.heard(message)
             match message:

@@ -7,6 +7,8 @@ lost connection, with which messages may be lost, shows in the link's count of t
 
 Nothing is lost that way, because a role keeps whatever is not acknowledged and says it again in `restate`;
 nothing is taken twice, because the desk knows results by fence and offset, batches and versions by number.
+
+Whoever waits for work here waits as long as the desk answers heartbeats; see `waiting`.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from asyncrl.actor.base import LAST_WORDS_S, Actor, Context
-from asyncrl.actor.waiting import WATCHDOG_S, awaiting
-from asyncrl.errors import ProtocolError, StalledError
+from asyncrl.actor.waiting import awaiting, deadline_of
+from asyncrl.errors import ProtocolError
 from asyncrl.link import ClientLink, LinkClosed, ServerLink
 from asyncrl.messages.codec import Body
 from asyncrl.messages.control import (
@@ -39,6 +41,11 @@ WELCOME_DEADLINE_S = 60.0
 """How long an actor waits for the buffer's answer to its first hello."""
 HELLO_AGAIN_S = 5.0
 """A hello that has no answer by then is said again: it may have been lost with a connection."""
+
+BUFFER = "the buffer"
+"""What it is called where its silence is told."""
+
+T = TypeVar("T")
 
 Statement = tuple[msgspec.Struct, Sequence[Body]]
 """A message with its bodies."""
@@ -101,9 +108,13 @@ class DeskActor(Actor):
 
     async def begin(self) -> None:
         self._desk = self.context.connect(self.context.desk_address, receives=FromBuffer)
-        await self._desk.send(self.hello())
+        await self._hand(self.hello())
         self._said_hello = True
-        with self.waits("welcome"):
+        async with awaiting(
+            self.waits, "welcome", who=self.name,
+            what=f"the buffer at {self.context.desk_address} to answer a hello",
+            deadline_s=WELCOME_DEADLINE_S, advice="see the buffer's log",
+        ):  # fmt: skip
             self._welcome = await self._first_answer(self._desk)
         self._talking.set()
 
@@ -114,10 +125,9 @@ class DeskActor(Actor):
     async def _first_answer(self, desk: ClientLink) -> Welcome:
         """The welcome; a desk that dies meanwhile is greeted again when it is back."""
         receiving = asyncio.ensure_future(desk.recv())
-        ends = time.monotonic() + WELCOME_DEADLINE_S
         every_s = self.plan.topology.run.heartbeat_s
         try:
-            while time.monotonic() < ends:
+            while True:
                 if not (await asyncio.wait([receiving], timeout=every_s))[0]:
                     if desk.cuts > self._cuts:
                         # Our hello or its answer may be lost; a desk that has the hello will not ask for it.
@@ -136,10 +146,6 @@ class DeskActor(Actor):
                         await self._greet(message.desk)
         finally:
             receiving.cancel()
-        raise StalledError(
-            f"{self.name}: the buffer at {self.context.desk_address} did not answer in "
-            f"{WELCOME_DEADLINE_S:.0f} s"
-        )
 
     def loops(self) -> Sequence[Coroutine[Any, Any, None]]:
         return [self._read_desk(), *self.work()]
@@ -159,26 +165,44 @@ class DeskActor(Actor):
             if not self._talking.is_set():
                 async with awaiting(
                     self.waits, "desk", who=self.name, what="the buffer to answer a further hello",
-                    deadline_s=self.plan.topology.run.stall_s + WATCHDOG_S, advice="see the buffer's log",
+                    deadline_s=deadline_of(self.plan.topology.run), advice="see the buffer's log",
                 ):  # fmt: skip
                     await self._talking.wait()
             if conversation != self._conversation:
                 return
-            await self._say_to_desk(message, frames)
+            await self._hand(message, frames)
 
-    async def _say_to_desk(self, message: msgspec.Struct, frames: Sequence[Body]) -> None:
+    async def _hand(self, message: msgspec.Struct, frames: Sequence[Body] = ()) -> None:
         """Raises StalledError when the buffer has not read for `run.stall_s`."""
         assert self._desk is not None, "not connected yet"
-        stall_s = self.plan.topology.run.stall_s
-        try:
-            async with asyncio.timeout(stall_s):
-                await self._desk.send(message, frames)
-        except TimeoutError:
-            what = type(message).__name__
-            raise StalledError(
-                f"{self.name}: {what} could not be sent; the buffer has not read for {stall_s:g} s (stall_s)"
-            ) from None
+        what = f"the buffer to read, so that {type(message).__name__} can be sent"
+        async with awaiting(
+            self.side_waits, "reader", who=self.name, what=what,
+            deadline_s=self.plan.topology.run.stall_s, advice="see the buffer's log",
+        ):  # fmt: skip
+            await self._desk.send(message, frames)
         self.traffic.said(message)
+
+    async def take_piece(self, queue: asyncio.Queue[T], name: str, *, rest: str, beside: bool = False) -> T:
+        """The next piece of a delivery, of which the buffer owes all once it has sent one.
+
+        Args:
+            queue: what the reader loop puts pieces into.
+            name: what is waited for, in a word.
+            rest: what is still to come, for people; empty between two deliveries.
+            beside: as in `idle`.
+
+        Raises:
+            StalledError: the rest did not come in time.
+        """
+        if not rest:
+            with self.idle(name, beside=beside):
+                return await queue.get()
+        async with awaiting(
+            self.side_waits if beside else self.waits, name, who=self.name, what=f"the buffer to send {rest}",
+            deadline_s=deadline_of(self.plan.topology.run), advice="it may be lost: see the buffer's log",
+        ):  # fmt: skip
+            return await queue.get()
 
     def links(self) -> dict[str, ClientLink | ServerLink]:
         return super().links() | ({} if self._desk is None else {"desk": self._desk})
@@ -188,6 +212,7 @@ class DeskActor(Actor):
         assert self._desk is not None
         self._reading = True
         while True:
+            self.peers.heard(BUFFER)
             delivery = await self._desk.recv()
             self.traffic.heard(delivery.message)
             match delivery.message:
@@ -208,23 +233,21 @@ class DeskActor(Actor):
 
     async def _greet(self, life: str) -> None:
         """Say hello to this life of the desk, unless it has our hello already."""
-        assert self._desk is not None
         if life == self._greeted:
             return
         self._talking.clear()
         self._greeted, self._greeted_at = life, time.monotonic()
         self._hellos += 1
         self.log.info("hello again", desk=life)
-        await self._desk.send(self.introduce(msgspec.structs.replace(self.hello(), number=self._hellos)))
+        await self._hand(self.introduce(msgspec.structs.replace(self.hello(), number=self._hellos)))
 
     async def _resume(self, welcome: Welcome) -> None:
         """Welcome again: state everything anew, then go on."""
-        assert self._desk is not None
         self._talking.clear()
         self._conversation += 1
         self._greeted, self._welcome = "", welcome
         for message, frames in self.restate(welcome):
-            await self._desk.send(message, frames)
+            await self._hand(message, frames)
         self._talking.set()
 
     async def beat(self) -> None:
@@ -240,11 +263,14 @@ class DeskActor(Actor):
                     # Whether anything was lost, nobody knows; the desk may even be the one we know.
                     self._greeted, self._cuts = "", self._desk.cuts
                     await self._greet(self._welcome.desk)
-                await self._desk.send(Heartbeat(version=self.version[0], incarnation=self.version[1]))
+                version, incarnation = self.version
+                await self._hand(Heartbeat(version=version, incarnation=incarnation, asks=self._reading))
 
     async def _end(self) -> None:
         if self._desk is not None:
-            with contextlib.suppress(LinkClosed, OSError):
-                await self._desk.send(Goodbye(reason=self.state))
+            # A desk that does not read hears no goodbye; it will notice our silence.
+            with contextlib.suppress(LinkClosed, OSError, TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_S):
+                    await self._hand(Goodbye(reason=self.state))
             await self._desk.close(linger_s=LAST_WORDS_S)
         await super()._end()

@@ -31,3 +31,13 @@ class Pieces:
             return False
         self._next = (delivery, part + 1)
         return True
+
+    def rest(self, what: str, num_parts: int) -> str:
+        """What is still to come of the delivery under way, in words; empty when nothing is.
+
+        Args:
+            what: names the delivery for people.
+            num_parts: pieces that it has.
+        """
+        taken = self._next[1] if self._next is not None else num_parts
+        return f"piece {taken + 1} of {num_parts} of {what}" if taken < num_parts else ""

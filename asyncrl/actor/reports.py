@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
 import msgspec
@@ -50,7 +51,7 @@ class Outbox:
     ) -> None:
         """`max_bytes` bounds what is not acknowledged, `max_frame_bytes` one report.
 
-        `deadline_s` bounds the wait for an acknowledgement, which is charged to `waits`.
+        `deadline_s` bounds every wait for an acknowledgement, which is charged to `waits`.
         """
         self._send = send
         self._max_bytes = max_bytes
@@ -137,13 +138,24 @@ class Outbox:
             while items := self._take():
                 await self._send(*_message(items))
             self._changed.clear()
+            if self._queue:
+                async with self.patience("room", f"the buffer to acknowledge {self.on_the_way_bytes} bytes"):
+                    await self._changed.wait()
+                continue
             with self.waits("report"):
                 await self._changed.wait()
+
+    def patience(self, name: str, what: str) -> AbstractAsyncContextManager[None]:
+        """A wait for acknowledgements. Raises StalledError when they do not come."""
+        return awaiting(
+            self.waits, name, who=self.name, what=what, deadline_s=self.deadline_s,
+            advice="see the buffer's log and its disk",
+        )  # fmt: skip
 
     async def drained(self) -> None:
         """Wait until everything is acknowledged, for at most DRAIN_S."""
         # What is not acknowledged then counts as lost with us, as after a kill.
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError), self.waits("acknowledgement"):
             async with asyncio.timeout(DRAIN_S):
                 await self._empty.wait()
 
@@ -182,14 +194,8 @@ class SampleReports:
 
     async def _acknowledgement(self) -> None:
         """Raises StalledError when the buffer does not say whether the last report is committed."""
-        async with awaiting(
-            self._outbox.waits,
-            "acknowledgement",
-            who=self._outbox.name,
-            what=f"the buffer to acknowledge tokens of sample {self._group_id}.{self._index}",
-            deadline_s=self._outbox.deadline_s,
-            advice="see the buffer's log and its disk",
-        ):
+        what = f"the buffer to acknowledge tokens of sample {self._group_id}.{self._index}"
+        async with self._outbox.patience("acknowledgement", what):
             await self._free.wait()
 
     def _put(self, status: Status, reason: str) -> bool:

@@ -31,7 +31,7 @@ from asyncrl.actor.watch import LOOK_S, START_DEADLINE_S, Watch
 from asyncrl.chaos import begin_life, tapped_server
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.link import Complaints, Delivery, Hub, Key, PeerGone, ServerLink, bind, complain
-from asyncrl.messages.control import PROTOCOL, Hello, MemberLost, Refused
+from asyncrl.messages.control import PROTOCOL, Alive, Hello, MemberLost, Refused
 from asyncrl.messages.supervision import (
     Acquitted,
     AttachRequest,
@@ -279,7 +279,7 @@ class Supervisor:
             case Hello():
                 await self._hello(delivery.peer, delivery.message)
             case Telemetry():
-                self._telemetry(delivery.peer, delivery.message)
+                await self._telemetry(delivery.peer, delivery.message)
             case Exiting():
                 self._exiting(delivery.peer, delivery.message)
             case Acquitted():
@@ -338,12 +338,13 @@ class Supervisor:
             self._on_address(self._link.address, hello.address)
             self._buffer_known.set()
 
-    def _telemetry(self, peer: bytes, message: Telemetry) -> None:
+    async def _telemetry(self, peer: bytes, message: Telemetry) -> None:
         try:
             updates = updates_of(self.roster, peer, message)
         except ProtocolError as error:
             self._complain("malformed", peer, str(error))
             return
+        await self._send(peer, Alive())
         for update in updates:
             if isinstance(update, MemberUpdate):
                 self.roster.heard(message.name, time.monotonic(), ready=update.ready)

@@ -1,20 +1,28 @@
-"""A wait on another process: it has a name while it lasts, and a deadline.
+"""A wait on another process has a name while it lasts, and an end: its own deadline, or its peer's silence.
+
+    an answer that is owed      `awaiting`: the block has so many seconds
+    work, when there is some    `Peers.idle`: as long as everybody is heard of who may bring it, or end it
 
 Owns nothing and decides nothing: whoever waits says how long is too long. The supervisor's watchdog sees
 every process and can say why nothing moves, so it speaks first; a deadline here is for where it cannot.
+Invariant: nobody idles in an actor that does not listen for its peers' silence.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from asyncrl.errors import StalledError
 from asyncrl.obs.metrics import Waits
+from asyncrl.topology.schema import RunConfig
 
 WATCHDOG_S = 30.0
 """What a deadline adds to `run.stall_s`: by then the supervisor has examined everybody and ended the run."""
+MISSED = 3
+"""Answers to heartbeats that have to stay out, whatever `run.stall_s`, before a peer is silent."""
 
 
 @asynccontextmanager
@@ -43,3 +51,67 @@ async def awaiting(
         if not limit.expired():
             raise
         raise StalledError(f"{who}: waited {deadline_s:g} s for {what}; {advice}") from None
+
+
+def deadline_of(run: RunConfig) -> float:
+    """Seconds for an answer that is owed and has no deadline of its own."""
+    return run.stall_s + WATCHDOG_S
+
+
+def silence_of(run: RunConfig) -> float:
+    """Seconds of silence after which a peer counts as gone."""
+    return max(deadline_of(run), MISSED * run.heartbeat_s)
+
+
+class Peers:
+    """Whose silence ends an actor: the supervisor, and the buffer where the actor dials it.
+
+    They answer heartbeats, so one that lives is heard every `every_s`. Silence is counted in looks, of which
+    none counts more than twice `every_s`: time in which this process itself stood still (stopped, or asleep
+    with its machine) is charged to nobody.
+    """
+
+    def __init__(self, who: str, *, limit_s: float, every_s: float) -> None:
+        """`limit_s` is the silence that ends the actor `who`; `every_s` is how often it is looked at."""
+        self._who = who
+        self._limit_s, self._every_s = limit_s, every_s
+        self._silent_s: dict[str, float] = {}
+        """By peer: seconds since it was heard of last."""
+        self._last: float | None = None
+        self._watched = False
+
+    def heard(self, peer: str) -> None:
+        """It has said something, or has to say something from now on. `peer` is a name for people."""
+        self._silent_s[peer] = 0.0
+
+    def look(self, now: float) -> None:
+        """Count the time since the last look, on a clock that nobody can set.
+
+        Raises:
+            StalledError: a peer has been silent for longer than the limit.
+        """
+        passed = 0.0 if self._last is None else min(now - self._last, 2 * self._every_s)
+        self._last = now
+        for peer in self._silent_s:
+            self._silent_s[peer] += passed
+            if self._silent_s[peer] > self._limit_s:
+                raise StalledError(
+                    f"{self._who}: {peer} was silent for {self._silent_s[peer]:.0f} s, and it answers "
+                    f"heartbeats as long as it lives (allowed are {self._limit_s:g} s: run.stall_s and "
+                    f"{WATCHDOG_S:g} s more); see whether it is stopped, hangs, or cannot be reached from "
+                    "here. What was handed in is safe; `asyncrl launch --resume RUN` goes on"
+                )
+
+    async def watch(self) -> None:
+        """consumes: the clock    produces: StalledError    ends: never"""
+        self._watched = True
+        while True:
+            self.look(time.monotonic())
+            await asyncio.sleep(self._every_s)
+
+    @contextmanager
+    def idle(self, waits: Waits, name: str) -> Iterator[None]:
+        """Charge the block, a wait for work, to `waits` under `name`; `watch` bounds it."""
+        assert self._watched, f'{self._who}: "{name}" is waited for, but nobody notices that no one is there'
+        with waits(name):
+            yield

@@ -15,6 +15,7 @@ from asyncrl.cli.records import group_and_sample
 from asyncrl.errors import ConfigError, DataError
 from asyncrl.messages.sample import Sample, Status, logprobs_of, mask_of, tokens_of
 from asyncrl.run import dump
+from asyncrl.run.dump_format import line_of
 from asyncrl.run.dump_import import import_dump
 from asyncrl.topology.load import load
 from asyncrl.topology.paths import absolute
@@ -113,7 +114,7 @@ def show(run: Path, uid: str, *, as_json: bool) -> None:
         if as_json:
             batch = row.batch if row.batch >= 0 else None
             for sample in chosen:
-                line = dump.line_of(sample, batch=batch, settled=row.reason, issue_version=row.version)
+                line = line_of(sample, batch=batch, settled=row.reason, issue_version=row.version)
                 console.out(msgspec.json.encode(line).decode(), highlight=False)
             return
         for text in described(row, chosen):

@@ -113,6 +113,12 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
     version: CountOrNone = -1
     incarnation: Count = 0
+    asks: bool = False
+    """Whether to answer with `Alive`. One that does not read yet does not ask: answers would pile up."""
+
+
+class Alive(Message, frozen=True, kw_only=True):
+    """The answer to a heartbeat that asks, and the supervisor's to telemetry: so am I. Rests on no commit."""
 
 
 class Goodbye(Message, frozen=True, kw_only=True):
@@ -386,6 +392,6 @@ ToBuffer = (
     | Published | Swapped | Saved
 )  # fmt: skip
 FromBuffer = (
-    Welcome | Refused | HelloAgain | Leases | Acks | Need | Evaluated | BatchPart | NewVersion | Retire
-    | Committed | Finish
+    Welcome | Refused | HelloAgain | Alive | Leases | Acks | Need | Evaluated | BatchPart | NewVersion
+    | Retire | Committed | Finish
 )  # fmt: skip

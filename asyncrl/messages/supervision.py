@@ -6,7 +6,7 @@ the questions of `attach`, `detach`, `status` and `doctor`.
 
 from __future__ import annotations
 
-from asyncrl.messages.control import Hello, MemberLost, Message, Refused, Welcome
+from asyncrl.messages.control import Alive, Hello, MemberLost, Message, Refused, Welcome
 
 
 class Drain(Message, frozen=True, kw_only=True):
@@ -20,7 +20,7 @@ class Stop(Message, frozen=True, kw_only=True):
 
 
 class Telemetry(Message, frozen=True, kw_only=True):
-    """Actor to supervisor: what people may see. Losing one loses nothing else."""
+    """Actor to supervisor: what people may see. Losing one loses nothing else. Answered with `Alive`."""
 
     name: str
     facts: bytes = b""
@@ -126,4 +126,4 @@ ToSupervisor = (
     | DetachRequest
     | StatusRequest
 )
-FromSupervisor = Welcome | Refused | MemberLost | Drain | Stop | Diagnose | AttachReply | Reply
+FromSupervisor = Welcome | Refused | Alive | MemberLost | Drain | Stop | Diagnose | AttachReply | Reply

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.errors import ConfigError, ProtocolError, RewardError
+from asyncrl.obs.metrics import Waits
 from asyncrl.rewards.base import FailureKind, RewardSpec
 from asyncrl.rewards.wire import (
     HEADER_BYTES,
@@ -66,12 +67,15 @@ class Child:
     """A process that runs one reward. `start`, then `work` as often as wanted, then `kill`."""
 
     def __init__(
-        self, spec: RewardSpec, *, timeout_s: float, name: str, on_output: Callable[[str], None] | None = None
-    ) -> None:
+        self, spec: RewardSpec, *, timeout_s: float, name: str,
+        on_output: Callable[[str], None] | None = None, waits: Waits | None = None,
+    ) -> None:  # fmt: skip
+        """Waiting for it, which has deadlines, is charged to `waits`."""
         self._setup = Setup(spec=spec, timeout_s=timeout_s)
         self._timeout_s = timeout_s
         self._name = name
         self._on_output = on_output
+        self._waits = waits or Waits()
         self._process: asyncio.subprocess.Process | None = None
         self._stderr: asyncio.Task[None] | None = None
         self._stderr_pipe: asyncio.ReadTransport | None = None
@@ -104,7 +108,8 @@ class Child:
         use = self._setup.spec.use
         try:
             await self._send(self._setup)
-            message = await self._receive(asyncio.get_running_loop().time() + timeout_s)
+            with self._waits("import"):
+                message = await self._receive(asyncio.get_running_loop().time() + timeout_s)
         except TimeoutError as error:
             raise RewardError(f'{self._name}: "{use}" was not imported within {timeout_s:g} s') from error
         except _Ended as error:
@@ -144,7 +149,8 @@ class Child:
         self._busy = True
         try:
             await self._send(Work(jobs=list(jobs.values())))
-            await self._collect(numbers, replies, started)
+            with self._waits("reward"):
+                await self._collect(numbers, replies, started)
         except TimeoutError:
             kind, message = FailureKind.TIMEOUT, f"no answer within {self._timeout_s:g} s"
         except (_Ended, ProtocolError, msgspec.MsgspecError) as error:
@@ -182,8 +188,9 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.write(framed(self._encoder.encode(message)))
         try:
-            async with asyncio.timeout(self._timeout_s + GRACE_S):
-                await self._process.stdin.drain()
+            with self._waits("reading"):
+                async with asyncio.timeout(self._timeout_s + GRACE_S):
+                    await self._process.stdin.drain()
         except OSError as error:
             raise _Ended("its pipe broke") from error
 
@@ -241,10 +248,11 @@ class Child:
                 self._killed = True
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError), self._waits("end"):
                 async with asyncio.timeout(REAP_TIMEOUT_S):
                     await self._process.wait()
         if self._stderr is not None and self._stderr_pipe is not None:
-            await asyncio.wait([self._stderr], timeout=LAST_WORDS_S)
+            with self._waits("end"):
+                await asyncio.wait([self._stderr], timeout=LAST_WORDS_S)
             self._stderr.cancel()
             self._stderr_pipe.close()

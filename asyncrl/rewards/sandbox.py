@@ -54,7 +54,7 @@ class Sandbox:
         """`timeout_s` bounds one call of the reward, `start_timeout_s` the imports before the first one.
 
         `concurrency` is the number of children; `on_output` gets what user code writes to stdout and stderr;
-        waiting for a free child is charged to `waits`.
+        waiting for a free child, and for its answers, is charged to `waits`.
         """
         if timeout_s <= 0 or concurrency < 1:
             raise ValueError(
@@ -137,7 +137,10 @@ class Sandbox:
         self._children.clear()
 
     async def _new_child(self) -> Child:
-        child = Child(self._spec, timeout_s=self._timeout_s, name=self._name, on_output=self._on_output)
+        child = Child(
+            self._spec, timeout_s=self._timeout_s, name=self._name, on_output=self._on_output,
+            waits=self._waits,
+        )  # fmt: skip
         self._children.add(child)
         try:
             await child.start(self._start_timeout_s)

@@ -162,6 +162,8 @@ class BufferRole(Actor):
         except ProtocolError as error:
             await self._expel(worker, str(error), now)
             return
+        if isinstance(message, control.Heartbeat) and message.asks:
+            await self._answer(peer, control.Alive())
         if isinstance(message, control.Want) and message.kind in DELIVERED and self._courier is not None:
             self._courier.credit(message.num_bytes, peer=peer)
 
@@ -277,7 +279,7 @@ class BufferRole(Actor):
     async def _commit(self) -> None:
         """consumes: the ledger's transactions    waits for: events, the disk    produces: every message"""
         while True:
-            with self.waits("event"):
+            with self.idle("event"):
                 await self._changed.wait()
             self._changed.clear()
             self.pump.run(time.time())

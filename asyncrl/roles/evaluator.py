@@ -58,14 +58,14 @@ class EvaluatorRole(DeskActor):
 
     async def _evaluate(self) -> None:
         """consumes: pieces of evaluations    waits for: "evaluation"    produces: metrics"""
-        pieces = Pieces()
+        pieces, rest = Pieces(), ""
         while True:
-            with self.waits("evaluation"):
-                message, frames = await self._parts.get()
+            message, frames = await self.take_piece(self._parts, "evaluation", rest=rest)
             await self.send(Want(kind=Kind.EVALUATE, samples=0, num_bytes=num_bytes(*frames)))
             key = (message.version, message.incarnation)
             if not pieces.follows(key, message.part):
                 continue  # the piece before was lost with a connection: all of them come again
+            rest = pieces.rest(f"the evaluation of version {message.version}", message.num_parts)
             if message.part == 0:
                 self._answers, self._examples = [], []
             self._take(message.groups, frames)

@@ -18,7 +18,7 @@ import msgspec
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.actor.reports import Outbox, SampleReports
-from asyncrl.actor.waiting import WATCHDOG_S, awaiting
+from asyncrl.actor.waiting import awaiting, deadline_of
 from asyncrl.data.tokenizer import Tokenizer
 from asyncrl.engines import session
 from asyncrl.engines.base import Engine, GenerateRequest, OnNewWeights
@@ -59,7 +59,7 @@ class GeneratorRole(DeskActor):
             self.send,
             max_bytes=self.table.max_bytes,
             name=self.name,
-            deadline_s=self.plan.topology.run.stall_s + WATCHDOG_S,
+            deadline_s=deadline_of(self.plan.topology.run),
             waits=self.side_waits,
         )
         self.swapper = Swapper(
@@ -191,14 +191,14 @@ class GeneratorRole(DeskActor):
         """consumes: leased samples    waits for: leases    produces: one task per sample"""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                with self.side_waits("sample"):
+                with self.idle("sample", beside=True):
                     job = await self._jobs.get()
                 tasks.create_task(self._sample(*job))
 
     async def _count_idle(self) -> None:
         """Charge the time in which nothing is leased to us to "lease"."""
         while True:
-            with self.waits("lease"):
+            with self.idle("lease"):
                 await self._busy.wait()
             await self._idle.wait()
 
@@ -264,7 +264,7 @@ class GeneratorRole(DeskActor):
     async def _swap(self) -> None:
         """consumes: announced versions    waits for: the trainer's pushes    produces: Swapped, credit"""
         while True:
-            with self.side_waits("version"):
+            with self.idle("version", beside=True):
                 await self._news.wait()
             self._news.clear()
             manifest = self._announced
@@ -273,9 +273,10 @@ class GeneratorRole(DeskActor):
                 continue
             self._moved.clear()
             try:
-                swapped = await self.swapper.swap(
-                    self.engine, manifest, is_newest=lambda m: m is self._announced, moved=self._moved
-                )
+                with self.side_waits("weights"):  # its deadline is weights.push_timeout_s
+                    swapped = await self.swapper.swap(
+                        self.engine, manifest, is_newest=lambda m: m is self._announced, moved=self._moved
+                    )
             except WeightsError as error:
                 await self._refuse(error)
                 continue
@@ -313,7 +314,7 @@ class GeneratorRole(DeskActor):
             await self.tell(NoteUpdate(text=f"{self.name} does not serve what it was sent: {self._refused}"))
         self._failures += 1
         self.metrics.write({"push/failures": self._failures})
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError), self.side_waits("version"):
             async with asyncio.timeout(FETCH_AGAIN_S):
                 await self._news.wait()
         self._news.set()

@@ -131,7 +131,7 @@ class RewardRole(DeskActor):
         """consumes: leases    waits for: leases    produces: one task per lease, bounded by our credit"""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                with self.waits("lease"):
+                with self.idle("lease"):
                     job = await self._jobs.get()
                 tasks.create_task(self._do(*job))
 
@@ -189,8 +189,9 @@ class RewardRole(DeskActor):
     async def drain(self) -> None:
         """What is being scored is finished; leases that arrive later go back with our goodbye."""
         try:
-            async with asyncio.timeout(DRAIN_S):
-                await self._idle.wait()
+            with self.side_waits("rewards"):
+                async with asyncio.timeout(DRAIN_S):
+                    await self._idle.wait()
         except TimeoutError:
             self.log.warning("left with work undone", leases=len(self._held))
         self.leave(ExitCode.DRAINED)

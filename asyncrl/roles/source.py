@@ -82,7 +82,7 @@ class SourceRole(DeskActor):
     async def _serve(self) -> None:
         """consumes: needs    waits for: the buffer    produces: prompts"""
         while True:
-            with self.waits("need"):
+            with self.idle("need"):
                 need = await self._needs.get()
             await self._catch_up()
             if need.lane is Lane.EVAL:

@@ -24,7 +24,7 @@ import msgspec
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.actor.pieces import Pieces
-from asyncrl.actor.waiting import WATCHDOG_S, awaiting
+from asyncrl.actor.waiting import awaiting, deadline_of
 from asyncrl.errors import ExitCode, ProtocolError
 from asyncrl.messages.control import (
     BatchPart,
@@ -167,13 +167,13 @@ class TrainerRole(DeskActor):
     async def _fetch(self) -> None:
         """consumes: pieces of batches    waits for: the buffer    produces: prepared batches, one ahead"""
         groups: list[list[Sample]] = []
-        pieces = Pieces()
+        pieces, rest = Pieces(), ""
         while True:
-            with self.side_waits("part"):
-                part, frames = await self._parts.get()
+            part, frames = await self.take_piece(self._parts, "part", rest=rest, beside=True)
             if not pieces.follows(part.batch, part.part):
                 await self._want(0, part.num_bytes)
                 continue
+            rest = pieces.rest(f"batch {part.batch}", part.num_parts)
             if part.part == 0:
                 groups = []
             groups += await asyncio.to_thread(unpack, part.groups, frames)
@@ -206,7 +206,7 @@ class TrainerRole(DeskActor):
         """The next batch; None once the run ends or drains."""
         waiters = [asyncio.create_task(self._prepared.get()), asyncio.create_task(self._finish.wait())]
         try:
-            with self.waits("batch"):
+            with self.idle("batch"):
                 await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in waiters:
@@ -283,7 +283,7 @@ class TrainerRole(DeskActor):
             name,
             who=self.name,
             what=what,
-            deadline_s=self.plan.topology.run.stall_s + WATCHDOG_S,
+            deadline_s=deadline_of(self.plan.topology.run),
             advice="see the buffer's log, or raise run.stall_s; `asyncrl launch --resume RUN` goes on",
         )
 
