@@ -4,9 +4,10 @@ Owns the rows of `deaths` and the words about them. Never decides who is dead (`
 sample. Kept tokens are exact, because they are committed; what a dead generator had sampled beyond them
 nobody knows, so its bound is told, never a guess. A worker that hands its work back and leaves has no row.
 
-Bound of one answer, in tokens: min(2 x progress_every_tokens, longest answer - committed). A hand-in may be
-on its way while the next one is in the making, hence two of them; it holds while the desk acknowledges a
-hand-in before another one is full (an answer by a custom generate function is handed in once, at its end).
+Bound of one answer, in tokens: min(progress_every_tokens, longest answer - committed). It is handed in at
+half of that interval, as one hand-in may be on its way while the next is in the making; the bound holds while
+the desk acknowledges a hand-in before another one is full (an answer by a custom generate function is handed
+in once, at its end).
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ from asyncrl.buffer.states import GENERATING, GroupRecord, LeaseRecord, SampleRe
 from asyncrl.messages.control import Kind
 from asyncrl.messages.sample import Lane
 
-IN_THE_MAKING = 2
-"""Hand-ins of one answer that a death may cost: one on its way, one not complete."""
 DETAILED = 3
 """Deaths that words name one by one."""
 
@@ -71,7 +70,7 @@ def loss_of(ledger: Ledger, leases: Sequence[LeaseRecord]) -> Loss:
                 samples=total.samples + 1,
                 kept=total.kept + sample.tokens * keeps,
                 discarded=total.discarded + sample.tokens * (not keeps),
-                bound=total.bound + (min(IN_THE_MAKING * every, left) if every else left),
+                bound=total.bound + (min(every, left) if every else left),
             )
     return total
 

@@ -17,6 +17,7 @@ from asyncrl.errors import PluginError
 from asyncrl.messages.hooks import Args, HookSample, hook_sample, segment_of
 from asyncrl.messages.sample import Lane, Sample, Segment, Status, logprobs_of, pack_tokens, tokens_of
 from asyncrl.topology.plan import Plan
+from asyncrl.topology.progress import hand_ins
 
 FINISH = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 """Engines' finish reasons as statuses."""
@@ -58,7 +59,7 @@ def seed_of(plan: Plan, sample: Sample) -> int:
 
 def request_for(plan: Plan, sample: Sample, *, uid: str) -> GenerateRequest:
     """What to ask the engine for."""
-    params = sampling_params(plan, sample.lane)
+    params, every = sampling_params(plan, sample.lane), hand_ins(plan.topology.rollout)
     return GenerateRequest(
         uid=uid,
         prompt=sample.prompt.tokens,
@@ -66,8 +67,8 @@ def request_for(plan: Plan, sample: Sample, *, uid: str) -> GenerateRequest:
         params=params,
         seed=seed_of(plan, sample),
         prefix_key=f"{sample.lane}:{sample.group_id}",
-        progress_every_tokens=plan.topology.rollout.progress_every_tokens,
-        progress_every_s=plan.topology.rollout.progress_every_s,
+        progress_every_tokens=every.tokens,
+        progress_every_s=every.seconds,
         return_routed_experts=plan.topology.trainer.use_rollout_routing_replay and sample.lane is Lane.TRAIN,
     )
 

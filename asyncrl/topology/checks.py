@@ -14,6 +14,7 @@ from typing import Any
 from asyncrl.messages.codec import SizeLimits
 from asyncrl.topology import batch, catalogue, checks_algorithm, checks_rewards, checks_trainer
 from asyncrl.topology.plugins import BOXED, check_reward_name
+from asyncrl.topology.progress import hand_ins
 from asyncrl.topology.ranges import RANGES, Range
 from asyncrl.topology.schema import GeneratorConfig, RewardConfig, Topology
 
@@ -207,7 +208,7 @@ def _pieces(topology: Topology) -> Iterator[str]:
     """A group has to fit one message, and every hand-in of progress is a body of its own."""
     rollout = topology.rollout
     samples, length = rollout.n_samples_per_prompt, rollout.rollout_max_response_len
-    pieces = samples * (-(-length // max(1, rollout.progress_every_tokens)) + 1)
+    pieces = samples * (-(-length // max(1, hand_ins(rollout).tokens)) + 1)
     if pieces >= MAX_BODIES:
         yield (
             f"rollout.progress_every_tokens: given {rollout.progress_every_tokens}: a group of {samples} "

@@ -45,7 +45,6 @@ _RANGES = {
             "rollout.over_sampling_batch_size",
             "rollout.max_refused_per_step",
             "rollout.max_attempts",
-            "rollout.progress_every_tokens",
             "generator.replicas",
             "generator.concurrency",
             "generator.max_bytes",
@@ -73,6 +72,7 @@ _RANGES = {
         ],
         _COUNT,
     ),
+    "rollout.progress_every_tokens": Range(2),  # handed in at half of it
     **dict.fromkeys(
         [
             "run.max_restarts",

@@ -157,11 +157,11 @@ class RolloutConfig(Table, frozen=True, kw_only=True):
     max_attempts: int = 3
     """Attempts at generating or scoring a sample that make no progress before its group settles as failed."""
     progress_every_tokens: int = 256
-    """A running answer is handed in for safe-keeping at least this often, so this bounds what a dead
-    generator costs. Tokens."""
+    """A generator's death costs at most this many tokens of a running answer, which is handed in for
+    safe-keeping at half of it. Tokens."""
     progress_every_s: float = 10.0
-    """The same by time, whichever is due first: it bounds in seconds what is done again where tokens are
-    slow. 0: by tokens alone. Seconds."""
+    """The same by time, whichever is due first: a death costs at most what was sampled in so many seconds,
+    handed in at half of it. 0: by tokens alone. Seconds."""
 
 
 class GeneratorConfig(Table, frozen=True, kw_only=True):

@@ -135,6 +135,7 @@ def test_the_four_knobs_balance_or_are_refused(groups: int, samples: int, size: 
         ),
         (["rollout_temperature=0"], "rollout.rollout_temperature: given 0.0; allowed: above 0"),
         (["reward.replicas=0"], 'reward "reward".replicas: given 0; allowed: at least 1'),
+        (["progress_every_tokens=1"], "rollout.progress_every_tokens: given 1; allowed: at least 2"),
         (["save_interval=0"], "trainer.save_interval: given 0; allowed: at least 1"),
     ],
 )
@@ -171,7 +172,8 @@ def test_a_problem_is_told_whole(overrides: list[str], expected: str) -> None:
         (["rollout_max_context_len=1200", "rollout_max_prompt_len=512"], "allowed: at most 688"),
         (["dead_after_s=0.5"], "above heartbeat_s = 1"),
         (["trainer.device=gpu"], "trainer.device"),
-        (["progress_every_tokens=1", "rollout_max_response_len=4096"], "comes in 32776 pieces"),
+        (["progress_every_tokens=2", "rollout_max_response_len=4096"], "comes in 32776 pieces"),
+        (["progress_every_tokens=5", "rollout_max_response_len=4096"], "comes in 16392 pieces"),
     ],
 )
 def test_options_at_odds_are_refused_by_name(overrides: list[str], words: str) -> None:

@@ -30,8 +30,8 @@ LATENCY_S = 0.02
 KILL_AT = 0.7
 """Share of an answer after which its generator is killed."""
 OFF = 1 << 20
-PROGRESS = (64, OFF)
-"""Tokens between generation checkpoints; OFF: more than an answer has."""
+PROGRESS = (128, OFF)
+"""Tokens that a death may cost an answer; OFF: more than an answer has."""
 GROUPS, GROUP_SIZE = 4, 4
 DEADLINE_S = 120.0
 POLL_S = 0.02
