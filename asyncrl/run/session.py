@@ -24,7 +24,7 @@ from asyncrl.obs.top import Top
 from asyncrl.obs.view import PlanUpdate, RunView, Update
 from asyncrl.run.rundir import RunDir
 from asyncrl.topology.plan import Plan
-from asyncrl.weights.files import PREFIX, directory_of, remove_dead
+from asyncrl.weights.files import PREFIX, directory_of, remove_dead, run_id
 
 REFRESH_S = 0.5
 
@@ -132,7 +132,7 @@ class Session:
         """A trainer that was killed left its versions, in memory perhaps; nobody loads them any more."""
         directory = directory_of(self.plan.topology.weights.directory, self.run_dir.path)
         with contextlib.suppress(OSError):
-            remove_dead(directory, f"{PREFIX}-{self.plan.topology.run.name}.i")
+            remove_dead(directory, f"{PREFIX}-{run_id(self.plan.topology.run.name, self.run_dir.path)}.i")
 
     def make_launcher(self) -> Launcher:
         """What starts the processes of this launch; a harness that starts them otherwise overrides it."""

@@ -1,6 +1,6 @@
 """The files of published versions: names, the lock of their publisher, what becomes of them without it.
 
-    PREFIX-RUN.iI.lock                  held by the living publisher of the trainer's life I
+    PREFIX-RUN.iI.lock                  held by the living publisher of the trainer's life I (RUN: `run_id`)
     PREFIX-RUN.iI.vV.weights (.tmp)     version V of that life
 
 Needs no torch: whoever ends a run may look after what a dead trainer left behind.
@@ -9,13 +9,22 @@ Needs no torch: whoever ends a run may look after what a dead trainer left behin
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from pathlib import Path
 from typing import IO
 
+import xxhash
+
 PREFIX = "asyncrl"
 """Start of the names of a run's files."""
 SHM = Path("/dev/shm")  # noqa: S108 - shared memory is what versions of one host travel through
+
+
+def run_id(name: str, run_dir: Path | str) -> str:
+    """What tells this run's files from those of another one of the same name, elsewhere on this host."""
+    place = os.fsencode(Path(run_dir).resolve())
+    return f"{name}-{xxhash.xxh32_hexdigest(place)}"
 
 
 def directory_of(configured: str | None, run_dir: Path | str) -> Path:

@@ -22,7 +22,7 @@ from asyncrl.messages.version import Manifest
 from asyncrl.obs.metrics import Waits
 from asyncrl.topology.plan import Plan
 from asyncrl.weights.carriers.stream import StreamServer, bind_stream
-from asyncrl.weights.files import directory_of
+from asyncrl.weights.files import directory_of, run_id
 from asyncrl.weights.publisher import Publisher, Snapshot
 
 
@@ -50,7 +50,7 @@ def push_settings(plan: Plan, run_dir: Path, *, in_memory: bool) -> PushSettings
         "memory://publisher" if in_memory else topology.run.publisher_address or _beside(topology.run.address)
     )
     return PushSettings(
-        run_id=topology.run.name,
+        run_id=run_id(topology.run.name, run_dir),
         directory=topology.weights.directory,
         run_dir=str(run_dir),
         keep=2,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from asyncrl.errors import ConfigError, StorageError, WeightsError
 from asyncrl.messages.version import Manifest
+from asyncrl.weights.files import run_id
 from asyncrl.weights.manifest import digest_of, layout, size_of, tensors_of, verify
 from asyncrl.weights.publisher import Publisher
 
@@ -214,6 +215,20 @@ def test_close_removes_its_own_files_and_nothing_else(tmp_path: Path) -> None:
         "asyncrl-run.i1.v.i1.v000001.weights"
     }
     other.close()
+
+
+def test_runs_of_one_name_in_two_places_share_a_host(tmp_path: Path) -> None:
+    """Fails when a run's name alone names its versions: the second trainer would be refused."""
+    shm, one, two = tmp_path / "shm", tmp_path / "one" / "run", tmp_path / "two" / "run"
+    for place in (shm, one, two):
+        place.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(one)
+    assert run_id("run", tmp_path / "link") == run_id("run", str(one))
+    made = [publisher(shm, run_id=run_id("run", place)) for place in (one, two)]
+    paths = [Path(publish(each, 1).path) for each in made]
+    made[0].close()
+    assert [path.exists() for path in paths] == [False, True]
+    made[1].close()
 
 
 def test_a_write_that_fails_leaves_no_file_and_gives_the_buffer_back(tmp_path: Path) -> None:
