@@ -43,6 +43,7 @@ PRELOADED = (
     "asyncrl.actor.host",
     "asyncrl.buffer.audit",
     "asyncrl.cli.live",
+    "asyncrl.cli.main",
     "asyncrl.cli.run",
     "asyncrl.roles.buffer",
     "asyncrl.roles.evaluator",
