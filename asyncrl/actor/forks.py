@@ -156,7 +156,9 @@ def _begin(parent: int, *, output: Path | None, env: Mapping[str, str], keep: Se
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # As Python itself begins: what cannot be written is an error, not a death.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     faulthandler.disable()
     _descriptors(output, keep)

@@ -43,7 +43,6 @@ class Said(NamedTuple):
         return self.out + self.err
 
 
-
 def _environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
@@ -76,6 +75,9 @@ class Job:
     itself, nothing may be left.
     """
 
+    gone_s = COMMAND_S
+    """How long what it started may outlive it."""
+
     def __init__(
         self, *arguments: str | Path, cwd: Path, output: Path, forked: bool = True, **environment: str
     ) -> None:
@@ -95,7 +97,12 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if self.process.poll() is not None and kind is None:
-                wait_until(self._gone, "all of an ended job to be gone", show=self.process.left)
+                wait_until(
+                    self._gone,
+                    "all of an ended job to be gone",
+                    deadline_s=self.gone_s,
+                    show=self.process.left,
+                )
         finally:
             self.process.close()
 

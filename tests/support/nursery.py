@@ -3,14 +3,16 @@
     pytest -one of these a session-> nursery -fork, one a job-> keeper -fork-> `asyncrl ...` -> its processes
 
 The nursery has imported all that a run needs and has one thread, so that it can fork; pytest has several and
-never does. A keeper adopts whatever loses its parent below it (PR_SET_CHILD_SUBREAPER): a job is all gone when
-the kernel says that its keeper has no child, however its processes detached themselves. A keeper outlives its
-job and ends, with all that is left of it, when pytest closes its end of the keeper's socket, or is dead.
+never does. A keeper adopts whatever loses its parent below it: a job is all gone when the kernel says that its
+keeper has no child, however its processes have detached themselves. A keeper outlives its job; it ends, with
+all that is left of the job, when pytest closes its end of the keeper's socket, or is dead. The nursery dies
+with pytest, and its keepers are told by the kernel when it does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import select
@@ -26,7 +28,7 @@ from pathlib import Path
 import msgspec
 
 from asyncrl.actor.forks import ended_children, fork
-from asyncrl.actor.host import die_with
+from asyncrl.actor.host import PR_SET_PDEATHSIG, die_with
 from tests.support.processes import children
 from tools.chaos import kernel
 
@@ -184,9 +186,9 @@ class Nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = Start(list(map(str, arguments)), str(place), str(output), dict(env), execute)
         process = Process(ours)
-        with theirs:
-            with contextlib.suppress(ConnectionError):
-                socket.send_fds(self._link, [msgspec.json.encode(request)], [theirs.fileno()])
+        # Where nobody is there to read it, nobody has the other end either, and `hear` finds out.
+        with theirs, contextlib.suppress(ConnectionError):
+            socket.send_fds(self._link, [msgspec.json.encode(request)], [theirs.fileno()])
         process.hear(START_S)
         if not process.pid:
             self._words.seek(0)
@@ -250,26 +252,29 @@ def keep(request: Start, descriptor: int) -> None:
     link = socket.socket(fileno=descriptor)
     kernel.adopt_orphans()
     ended = ended_children()
-    # Ctrl-C in a terminal is pytest's; the end of the socket tells us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The death of the nursery (which is pytest's, or near it) is a signal that leaves time to clean up.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     os.environ.clear()
     os.environ.update(request.env)
     first = _first(request)
     _tell(link, Started(first, os.getpid()))
-    while True:
-        ready, _, _ = select.select([link, ended], [], [])
+    wanted = True
+    while wanted:
+        ready, _, _ = select.select([link.fileno(), ended], [], [])
         if ended in ready:
-            os.read(ended, 512)
+            # The numbers of the signals that came.
+            wanted = signal.SIGTERM not in os.read(ended, 512)
             codes = kernel.reap()
             if first in codes:
                 _tell(link, Ended(codes[first]))
             if _is_alone():
                 _tell(link, Gone())
-        if link in ready:
-            break
+        wanted = wanted and link.fileno() not in ready
     while not _is_alone():
         kernel.send(kernel.descendants(os.getpid()), signal.SIGKILL)
-        select.select([ended], [], [], AGAIN_S)
+        if select.select([ended], [], [], AGAIN_S)[0]:
+            os.read(ended, 512)
         kernel.reap()
 
 
@@ -283,7 +288,7 @@ def _first(request: Start) -> int:
 
     def executed() -> None:
         os.chdir(place)
-        os.execv(request.arguments[0], request.arguments)
+        os.execv(request.arguments[0], request.arguments)  # noqa: S606 - no shell is wanted
 
     return fork(executed, output=output)
 

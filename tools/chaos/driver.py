@@ -129,9 +129,7 @@ class Driver:
         self.course.launches.append(record)
         self._lost = False
         what = ["--resume", self.run_dir] if topology is None else ["--topology", topology]
-        self._launch = launch.start(
-            ["launch", *what, "--plain"], place=self.place, output=output, env=env
-        )
+        self._launch = launch.start(["launch", *what, "--plain"], place=self.place, output=output, env=env)
         watched = os.pidfd_open(self._launch)
         poller = select.poll()
         poller.register(watched, select.POLLIN)
