@@ -3,10 +3,10 @@
     pytest -one of these a session-> nursery -fork, one a job-> keeper -fork-> `asyncrl ...` -> its processes
 
 The nursery has imported all that a run needs and has one thread, so that it can fork; pytest has several and
-never does. A keeper adopts whatever loses its parent below it: a job is all gone when the kernel says that its
-keeper has no child, however its processes have detached themselves. A keeper outlives its job; it ends, with
-all that is left of the job, when pytest closes its end of the keeper's socket, or is dead. The nursery dies
-with pytest, and its keepers are told by the kernel when it does.
+never does. A keeper adopts whatever loses its parent below it: a job is all gone when the kernel says that
+its keeper has no child, however its processes have detached themselves. A keeper outlives its job; it ends,
+with all that is left of the job, when pytest closes its end of the keeper's socket, or is dead. The nursery
+dies with pytest, and its keepers are told by the kernel when it does.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from tools.chaos import kernel
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 1 << 17
 """Of one message; a job's environment is the largest part."""
+SIGNALS = 512
+"""How many signals' numbers are read at once."""
 START_S = 60.0
 """How long the nursery's imports may take on very busy cores."""
 END_S = 30.0
@@ -235,10 +237,15 @@ def main() -> None:
     from tools.chaos import world
 
     world.preload()
-    # Nobody waits for keepers: the kernel reaps them.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     link = socket.socket(fileno=descriptor)
+    ended = ended_children()
     while True:
+        ready, _, _ = select.select([descriptor, ended], [], [])
+        if ended in ready:
+            os.read(ended, SIGNALS)
+            kernel.reap()
+        if descriptor not in ready:
+            continue
         data, descriptors, _, _ = socket.recv_fds(link, MAX_BYTES, 1)
         if not data:
             return
@@ -264,7 +271,7 @@ def keep(request: Start, descriptor: int) -> None:
         ready, _, _ = select.select([link.fileno(), ended], [], [])
         if ended in ready:
             # The numbers of the signals that came.
-            wanted = signal.SIGTERM not in os.read(ended, 512)
+            wanted = signal.SIGTERM not in os.read(ended, SIGNALS)
             codes = kernel.reap()
             if first in codes:
                 _tell(link, Ended(codes[first]))
@@ -274,7 +281,7 @@ def keep(request: Start, descriptor: int) -> None:
     while not _is_alone():
         kernel.send(kernel.descendants(os.getpid()), signal.SIGKILL)
         if select.select([ended], [], [], AGAIN_S)[0]:
-            os.read(ended, 512)
+            os.read(ended, SIGNALS)
         kernel.reap()
 
 
