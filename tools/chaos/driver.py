@@ -128,7 +128,7 @@ class Driver:
         record = Launch(began=time.time())
         self.course.launches.append(record)
         self._lost = False
-        what = ["--resume", self.run_dir] if topology is None else ["--topology", topology]
+        what = ["--resume", str(self.run_dir)] if topology is None else ["--topology", str(topology)]
         self._launch = launch.start(["launch", *what, "--plain"], place=self.place, output=output, env=env)
         watched = os.pidfd_open(self._launch)
         poller = select.poll()
@@ -197,7 +197,7 @@ class Driver:
             case "attach":
                 output = self.place / f"attach-{len(self._helpers) + 1}.out"
                 env = {ORDERS: str(self.place / "orders.json")}
-                arguments = ["attach", "generator", self.run_dir]
+                arguments = ["attach", "generator", str(self.run_dir)]
                 self._helpers.add(launch.start(arguments, place=self.place, output=output, env=env))
 
     def _lose(self) -> None:
