@@ -6,6 +6,7 @@ way while others are; silence is noticed within two seconds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import random
@@ -44,6 +45,7 @@ PRELOADED = (
     "asyncrl.cli.live",
     "asyncrl.cli.main",
     "asyncrl.cli.run",
+    "asyncrl.engines.scripted",
     "asyncrl.roles.buffer",
     "asyncrl.roles.evaluator",
     "asyncrl.roles.generator",
@@ -67,6 +69,9 @@ def preload() -> None:
     """Import what forked processes need; starts no thread."""
     for name in PRELOADED:
         importlib.import_module(name)
+    # What some versions of typer import when they parse a command line.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("typer._adapters")
 
 
 def make_model(directory: Path, *, num_eval: int = 4) -> None:
