@@ -15,6 +15,7 @@ from tests.support.command import ROOT, Job
 from tests.support.nursery import Process, nursery, own_processes
 from tests.support.processes import alive, children, wait_until
 from tests.support.world import write_topology
+from tools.chaos import kernel
 
 DETACHED = """
 import os, subprocess
@@ -131,13 +132,20 @@ def test_nothing_outlives_a_killed_pytest(tmp_path: Path) -> None:
     )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     pytest_ = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    family: set[int] = set()
     try:
         stranger = orphan(tmp_path)
         (nursery_pid,) = children(pytest_.pid)
         (keeper,) = children(nursery_pid)
-        family = {stranger, nursery_pid, keeper, *children(keeper)}
+        family |= {stranger, nursery_pid, keeper, *children(keeper)}
         assert len(family) >= 4
+        # So that it is not faster than the kernel, which ends the nursery for it.
+        os.kill(keeper, signal.SIGSTOP)
+        pytest_.kill()
+        wait_until(lambda: not alive(nursery_pid), "the nursery to die")
+        os.kill(keeper, signal.SIGCONT)
+        wait_until(lambda: not any(map(alive, family)), "everything to be gone")
     finally:
         pytest_.kill()
         pytest_.wait()
-    wait_until(lambda: not any(map(alive, family)), "everything to be gone")
+        kernel.send(family, signal.SIGKILL)
