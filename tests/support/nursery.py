@@ -30,7 +30,7 @@ import msgspec
 from asyncrl.actor.forks import ended_children, fork
 from asyncrl.actor.host import PR_SET_PDEATHSIG, die_with
 from tests.support.processes import children
-from tools.chaos import kernel
+from tools.chaos import kernel, world
 
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 1 << 17
@@ -38,7 +38,7 @@ MAX_BYTES = 1 << 17
 SIGNALS = 512
 """How many signals' numbers are read at once."""
 START_S = 60.0
-"""How long the nursery's imports may take on very busy cores."""
+"""How long the nursery's imports, before its first fork of a command, may take on very busy cores."""
 END_S = 30.0
 """How long a keeper may take to end a job."""
 AGAIN_S = 0.02
@@ -234,9 +234,6 @@ def main() -> None:
     """Fork a keeper for every request, until pytest closes its end or dies."""
     parent, descriptor = map(int, sys.argv[1:])
     die_with(parent)
-    from tools.chaos import world
-
-    world.preload()
     link = socket.socket(fileno=descriptor)
     ended = ended_children()
     while True:
@@ -250,6 +247,8 @@ def main() -> None:
         if not data:
             return
         request = msgspec.json.decode(data, type=Start)
+        if not request.execute:
+            world.preload()
         fork(functools.partial(keep, request, descriptors[0]), keep=descriptors)
         os.close(descriptors[0])
 
