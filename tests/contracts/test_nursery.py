@@ -123,6 +123,17 @@ def test_a_run_that_ends_and_leaves_a_process_fails_its_test(tmp_path: Path, mod
     assert not alive(orphan(tmp_path))
 
 
+def test_a_keeper_that_is_killed_is_no_proof_that_all_is_gone(tmp_path: Path) -> None:
+    process = execute(tmp_path, "import time; time.sleep(600)")
+    (keeper,) = {parent for parent in own_processes() if process.pid in children(parent)}
+    os.kill(keeper, signal.SIGKILL)
+    assert process.wait(timeout=20.0) == -signal.SIGKILL
+    assert not process.gone
+    with pytest.raises(AssertionError, match="was killed; what is left of the job is unknown"):
+        process.close()
+    wait_until(lambda: not alive(process.pid), "the job to die with its keeper")
+
+
 def test_nothing_outlives_a_killed_pytest(tmp_path: Path) -> None:
     """Nor do orphans: whoever keeps a job is told of the death, and does not just share it."""
     code = (

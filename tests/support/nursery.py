@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,8 +99,8 @@ class Process:
         except ConnectionError:
             data = b""
         if not data:
-            # The keeper has ended; the kernel has killed what it kept.
-            self._closed = self.gone = True
+            # The keeper has ended. Where it did not say that all is gone, it was killed, and nobody knows.
+            self._closed = True
             self._keeper.close()
             self.returncode = -signal.SIGKILL if self.returncode is None else self.returncode
             return False
@@ -144,13 +145,16 @@ class Process:
         ends = time.monotonic() + END_S
         while not self._closed:
             self.hear(max(0.0, ends - time.monotonic()))
-            assert time.monotonic() < ends, f"a keeper did not end job {self.pid} within {END_S:g} s"
+            assert time.monotonic() < ends, f"the keeper of job {self.pid} did not end it within {END_S:g} s"
+        assert self.gone, f"the keeper of job {self.pid} was killed; what is left of the job is unknown"
 
 
 class Nursery:
     """Pytest's end; made by `nursery`."""
 
     def __init__(self) -> None:
+        # It dies with the thread that starts it.
+        assert threading.current_thread() is threading.main_thread()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._link = ours
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the nursery
@@ -282,6 +286,7 @@ def keep(request: Start, descriptor: int) -> None:
         if select.select([ended], [], [], AGAIN_S)[0]:
             os.read(ended, SIGNALS)
         kernel.reap()
+    _tell(link, Gone())
 
 
 def _first(request: Start) -> int:
