@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.support.processes import children, is_pythons_own, wait_until
+from tests.support.nursery import close_nursery, own_processes
+from tests.support.processes import is_pythons_own, wait_until
 from tests.support.world import make_model
 
 # A property is no measurement: how long an example takes says only how busy the machine is. And the same
@@ -29,14 +29,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nursery() -> Iterator[None]:
+    """What forks the jobs of tests ends with them."""
+    yield
+    close_nursery()
+
+
 @pytest.fixture(autouse=True)
 def _no_leaked_processes() -> Iterator[None]:
-    """A test ends with the child processes it began with."""
-    before = children(os.getpid())
+    """A test ends with the child processes, and the jobs, it began with."""
+    before = own_processes()
     yield
 
     def left() -> set[int]:
-        return {pid for pid in children(os.getpid()) - before if not is_pythons_own(pid)}
+        return {pid for pid in own_processes() - before if not is_pythons_own(pid)}
 
     wait_until(lambda: not left(), "child processes of the test to end", deadline_s=LEAVE_S, show=left)
 

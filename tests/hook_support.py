@@ -15,8 +15,8 @@ from asyncrl.train.backend import train_plan
 from asyncrl.train.data import PreparedBatch, prepare_batch
 from asyncrl.train.hooks import TrainHooks
 from asyncrl.train.torch import TorchBackend, hook_args
-from tests.support.world import toml
 from tests.train_support import make_groups
+from tools.chaos.world import toml
 
 TIS = "algorithm.custom_tis_function_path"
 LOSS = "algorithm.custom_loss_function_path"

@@ -156,7 +156,9 @@ def _begin(parent: int, *, output: Path | None, env: Mapping[str, str], keep: Se
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # As Python itself begins: what cannot be written is an error, not a death.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     faulthandler.disable()
     _descriptors(output, keep)
@@ -323,13 +325,22 @@ class ForkLauncher:
         return await self.zygote.fork(_Fork(process.name, arguments, dict(process.env), str(output)))
 
 
-def _serve(link: socket.socket) -> int:
-    """The zygote: forks what it is asked for, and says what became of it, until the other end is closed."""
+def ended_children() -> int:
+    """A descriptor that is readable once a child of this process has ended; 512 bytes are read from it then.
+
+    For a process that waits for its children and for something else. There is one such descriptor at a time.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # Without a handler nothing is written to the descriptor.
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    return reader
+
+
+def _serve(link: socket.socket) -> int:
+    """The zygote: forks what it is asked for, and says what became of it, until the other end is closed."""
+    reader = ended_children()
     # The terminal's Ctrl-C is the supervisor's to interpret; it ends us when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:

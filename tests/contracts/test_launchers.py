@@ -43,6 +43,7 @@ print(json.dumps({
     "leads": os.getsid(0) == os.getpid() == os.getpgid(0),
     "blocked": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     "defaults": [signal.getsignal(n) is signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGCHLD)],
+    "ignored": [signal.getsignal(n) is signal.SIG_IGN for n in (signal.SIGPIPE, signal.SIGXFSZ)],
     "ignores Ctrl-C": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
     "inherited": [link for link in links if "held by the supervisor" in link],
     "number": random.random(),
@@ -175,7 +176,7 @@ def test_it_begins_as_a_fresh_process(place: Place, kind: str) -> None:
     assert first.pop("number") != second.pop("number"), "both lives drew the same number"
     assert first == {
         "mine": "the process's", "leads": True, "blocked": [], "defaults": [True, True],
-        "ignores Ctrl-C": True,
+        "ignored": [True, True], "ignores Ctrl-C": True,
         "inherited": [],
     }  # fmt: skip
 

@@ -28,11 +28,13 @@ where b.kind = 'segment' and l.worker = ? and l.outcome in ('completed', 'trunca
 ENDLESS = {"run.num_rollout": 1000, "generator.replicas": 1, "rollout.max_staleness": 3}
 
 
-def attached(run: Run, where: str | Path, *arguments: str, role: str = "generator", name: str) -> Job:
+def attached(
+    run: Run, where: str | Path, *arguments: str, role: str = "generator", name: str, forked: bool = True
+) -> Job:
     """A process that joins under a name."""
     return Job(
         "attach", role, where, "--name", name, *arguments, cwd=run.path.parent.parent,
-        output=run.path.parent.parent / f"{name}.out",
+        output=run.path.parent.parent / f"{name}.out", forked=forked,
     )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def test_generators_and_rewards_come_and_go(tmp_path: Path, model: Path, slow: d
         run.until("select 1 from members where role = 'generator'")
         address = run.status["address"]
         with (
-            attached(run, run.path, name="near") as near,
+            attached(run, run.path, name="near", forked=False) as near,
             attached(run, address, name="far") as far,
             attached(run, address, role="reward", name="judge") as judge,
         ):

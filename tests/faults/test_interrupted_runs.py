@@ -23,7 +23,7 @@ HALF_DONE = "select count(*) from samples where state in ('fresh', 'generating')
 def test_a_drained_run_says_how_to_resume_and_resumes(
     tmp_path: Path, model: Path, slow: dict[str, Any]
 ) -> None:
-    with launched(tmp_path, model, {**slow, "run.num_rollout": 6}) as run:
+    with launched(tmp_path, model, {**slow, "run.num_rollout": 6}, forked=False) as run:
         run.until("select 1 from trained where batch = 1")
         run.until(HALF_DONE)
         run.interrupt()
@@ -37,7 +37,7 @@ def test_a_drained_run_says_how_to_resume_and_resumes(
     assert sum(partial.values()) > 0, "the drain handed no partial answer back"
     saved = one(run.path, "select max(rollout_step) from checkpoints")
     assert saved == one(run.path, "select count(*) from trained")
-    with resumed(run.path) as again:
+    with resumed(run.path, forked=False) as again:
         assert again.end() == ExitCode.FINISHED, again.text
     assert_closed(run.path)
     assert reasons(run.path)["trained"] == 6 * 4
@@ -49,7 +49,8 @@ def test_a_drained_run_says_how_to_resume_and_resumes(
 def test_a_killed_launch_takes_its_children_along_and_resumes(
     tmp_path: Path, model: Path, slow: dict[str, Any]
 ) -> None:
-    with launched(tmp_path, model, {**slow, "run.num_rollout": 5, "trainer.save_interval": 2}) as run:
+    options = {**slow, "run.num_rollout": 5, "trainer.save_interval": 2}
+    with launched(tmp_path, model, options, forked=False) as run:
         run.until("select 1 from trained where batch = 2")
         run.until(HALF_DONE)
         family = descendants(run.process.pid)

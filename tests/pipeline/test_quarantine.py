@@ -14,6 +14,7 @@ from asyncrl.buffer.audit_story import story
 from asyncrl.buffer.records import Records
 from asyncrl.errors import DataError, ExitCode
 from asyncrl.run import quarantine
+from tests.support import recovery
 from tests.support.books import assert_closed, one, reasons, rows
 from tests.support.command import Said, asyncrl, launched, resumed
 from tests.support.inside import run_inside
@@ -152,13 +153,15 @@ def test_a_filter_that_fails_is_run_again_over_the_whole_group(tmp_path: Path, m
 @pytest.mark.timeout(300)
 def test_a_live_run_tries_a_failed_group_again_as_a_new_one(tmp_path: Path, model: Path) -> None:
     """Fails when the cursor forgets the requests: the source's restart would issue them again."""
-    options = {**with_reward(tmp_path), **LONG}
+    options = {**with_reward(tmp_path), **LONG, "run.dead_after_s": 60.0}
     with launched(tmp_path, model, options) as run:
         run.until("select 1 from groups where reason = 'failed'")
         (tmp_path / "broken").unlink()
-        asked = command(run.path, "retry", "1")
+        # The run must not end before the commands do.
+        with recovery.stopped(run.pid("trainer")):
+            asked = command(run.path, "retry", "1")
+            twice = command(run.path, "retry", "1")
         assert (asked.code, "with the next prompts it needs" in asked.out) == (0, True), asked.text
-        twice = command(run.path, "retry", "1")
         assert twice.code == ExitCode.FAILED
         new = run.until("select group_id from retries where retry_of = 1")
         os.kill(run.pid("source"), 9)

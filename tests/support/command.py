@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,8 @@ from asyncrl.errors import AsyncrlError
 from asyncrl.messages.supervision import StatusRequest
 from asyncrl.run.remote import find, question
 from tests.support.books import one
-from tests.support.processes import marked, wait_until
+from tests.support.nursery import nursery
+from tests.support.processes import wait_until
 from tests.support.world import Options, write_topology
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +43,9 @@ class Said(NamedTuple):
         return self.out + self.err
 
 
-MARK = "ASYNCRL_TEST_JOB"
-"""Environment variable that everything a job starts inherits, so that nothing of it is overlooked."""
-
-
-def _environment(mark: str = "", **more: str) -> dict[str, str]:
+def _environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", MARK: mark, **more}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
 
 
 def _command(arguments: Sequence[str | Path]) -> list[str]:
@@ -75,40 +70,45 @@ def asyncrl(*arguments: str | Path, cwd: Path, deadline_s: float = COMMAND_S) ->
 class Job:
     """A command that lives for a while.
 
-    What is left of it when its `with` block ends is killed. If it had ended by itself, nothing may be left.
+    It is forked, and so are the processes of a launch, which saves everybody's imports; with forked=False all
+    are executed, as a user's are. What is left of it when its `with` block ends is killed. If it had ended by
+    itself, nothing may be left.
     """
 
-    def __init__(self, *arguments: str | Path, cwd: Path, output: Path, **environment: str) -> None:
+    gone_s = COMMAND_S
+    """How long what it started may outlive it."""
+
+    def __init__(
+        self, *arguments: str | Path, cwd: Path, output: Path, forked: bool = True, **environment: str
+    ) -> None:
         self._output = output
-        self._mark = uuid.uuid4().hex
-        with output.open("wb") as file:
-            self.process = subprocess.Popen(
-                _command(arguments),
-                cwd=cwd,
-                env=_environment(self._mark, **environment),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        output.write_bytes(b"")
+        self.process = nursery().start(
+            arguments if forked else _command(arguments),
+            place=cwd,
+            output=output,
+            env=_environment(**environment),
+            execute=not forked,
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        had_ended = self.process.poll() is not None
         try:
-            if had_ended and kind is None:
-                wait_until(lambda: not self._left(), "all of an ended job to be gone", show=self._left)
+            if self.process.poll() is not None and kind is None:
+                wait_until(
+                    self._gone,
+                    "all of an ended job to be gone",
+                    deadline_s=self.gone_s,
+                    show=self.process.left,
+                )
         finally:
-            for pid in self._left():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.wait(timeout=COMMAND_S)
+            self.process.close()
 
-    def _left(self) -> set[int]:
-        """Living processes of this job, wherever they hang in the tree."""
-        return marked(f"{MARK}={self._mark}")
+    def _gone(self) -> bool:
+        self.process.poll()
+        return self.process.gone
 
     @property
     def text(self) -> str:
@@ -133,6 +133,7 @@ class Job:
             deadline_s=deadline_s,
             show=lambda: self.text,
         )
+        assert self.process.returncode is not None
         return self.process.returncode
 
     def interrupt(self) -> None:
@@ -190,6 +191,7 @@ def launched(
     *,
     name: str = "run",
     orders: Sequence[Order] = (),
+    forked: bool = True,
 ) -> Iterator[Run]:
     """A new run, live; its processes fail as ordered."""
     topology = write_topology(place, model, options)
@@ -199,17 +201,16 @@ def launched(
         file.write_bytes(msgspec.json.encode(orders))
         environment[ORDERS] = str(file)
     arguments = ("launch", "--topology", topology, "--name", name, "--plain")
-    with Run(*arguments, cwd=place, output=place / f"{name}.out", **environment) as run:
+    with Run(*arguments, cwd=place, output=place / f"{name}.out", forked=forked, **environment) as run:
         run.path = place / "runs" / name
         yield run
 
 
 @contextmanager
-def resumed(path: Path) -> Iterator[Run]:
+def resumed(path: Path, *, forked: bool = True) -> Iterator[Run]:
     """An interrupted run, live again."""
     place = path.parent.parent
-    with Run(
-        "launch", "--resume", path, "--plain", cwd=place, output=place / f"{path.name}-resumed.out"
-    ) as run:
+    output = place / f"{path.name}-resumed.out"
+    with Run("launch", "--resume", path, "--plain", cwd=place, output=output, forked=forked) as run:
         run.path = path
         yield run

@@ -55,20 +55,6 @@ def children(parent: int) -> set[int]:
     return found
 
 
-def marked(entry: str) -> set[int]:
-    """Living processes that were started with this entry (NAME=value) in their environment."""
-    found = set()
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal() and alive(int(process.name)):
-            try:
-                environment = (process / "environ").read_bytes()
-            except OSError:
-                continue  # gone meanwhile, or somebody else's
-            if entry.encode() in environment.split(b"\0"):
-                found.add(int(process.name))
-    return found
-
-
 def is_pythons_own(pid: int) -> bool:
     """Whether a process is a helper of `multiprocessing`, which lives as long as the interpreter."""
     try:

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tools.chaos import world
+
 NUM_PROMPTS = 48
-RECIPE = {
-    "steps": 0,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 64,
-    "num_eval": 8,
-}
-"""Random weights: nothing here learns, and a step takes milliseconds."""
+NUM_EVAL = 8
 
 Options = Mapping[str, Any]
 """Options by dotted name: {"rollout.max_staleness": 0, "generator.replicas": 2}. None takes one out."""
 
 
 def make_model(directory: Path) -> Path:
-    """A random two-layer Qwen3 with a character tokenizer and a chat template, train.jsonl and eval.jsonl."""
-    from transformers.utils import logging
-
-    from tools.make_tiny_model import Recipe, build
-
-    logging.disable_progress_bar()
-    directory.mkdir(parents=True)
-    build(Recipe(**RECIPE), out=directory)
+    """The tiny model, made there."""
+    world.make_model(directory, num_eval=NUM_EVAL)
     return directory
 
 
 def write_prompts(path: Path, *, count: int = NUM_PROMPTS, seed: int = 0) -> Path:
     """A prompt file: sums with their labels."""
-    numbers = random.Random(seed)
-    pairs = [(numbers.randrange(10, 99), numbers.randrange(10, 99)) for _ in range(count)]
-    rows = [{"prompt": f"{a}+{b}", "label": str(a + b)} for a, b in pairs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    world.write_prompts(path, count=count, seed=seed)
     return path
 
 
@@ -81,24 +62,5 @@ def write_topology(place: Path, model: Path, options: Options | None = None) -> 
     if not (place / "prompts.jsonl").exists():
         write_prompts(place / "prompts.jsonl")
     path = place / "topology.toml"
-    path.write_text(toml({**options_for(place, model), **(options or {})}), encoding="utf-8")
+    path.write_text(world.toml({**options_for(place, model), **(options or {})}), encoding="utf-8")
     return path
-
-
-def toml(options: Options) -> str:
-    """Dotted options as a topology file; [[generator]] and [[reward]] have one table each."""
-    tables: dict[str, list[str]] = {}
-    for name, value in options.items():
-        table, _, key = name.partition(".")
-        if value is not None:
-            tables.setdefault(table, []).append(f"{key} = {_value(value)}")
-    lines = []
-    for table, entries in tables.items():
-        lines += [f"[[{table}]]" if table in {"generator", "reward"} else f"[{table}]", *entries, ""]
-    return "\n".join(lines)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)

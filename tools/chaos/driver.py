@@ -128,8 +128,8 @@ class Driver:
         record = Launch(began=time.time())
         self.course.launches.append(record)
         self._lost = False
-        resume = self.run_dir if topology is None else None
-        self._launch = launch.start(self.place, topology=topology, resume=resume, output=output, env=env)
+        what = ["--resume", str(self.run_dir)] if topology is None else ["--topology", str(topology)]
+        self._launch = launch.start(["launch", *what, "--plain"], place=self.place, output=output, env=env)
         watched = os.pidfd_open(self._launch)
         poller = select.poll()
         poller.register(watched, select.POLLIN)
@@ -197,9 +197,8 @@ class Driver:
             case "attach":
                 output = self.place / f"attach-{len(self._helpers) + 1}.out"
                 env = {ORDERS: str(self.place / "orders.json")}
-                self._helpers.add(
-                    launch.attach(self.place, self.run_dir, role="generator", output=output, env=env)
-                )
+                arguments = ["attach", "generator", str(self.run_dir)]
+                self._helpers.add(launch.start(arguments, place=self.place, output=output, env=env))
 
     def _lose(self) -> None:
         """The machine is gone: everything at once."""

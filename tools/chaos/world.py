@@ -6,6 +6,7 @@ way while others are; silence is noticed within two seconds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import random
@@ -25,7 +26,6 @@ RECIPE = {
     "num_kv_heads": 1,
     "head_dim": 16,
     "intermediate_size": 64,
-    "num_eval": 4,
 }
 """Random weights: nothing here learns, and a step takes milliseconds."""
 REWARD = '''"""A reward that takes its time."""
@@ -43,7 +43,9 @@ PRELOADED = (
     "asyncrl.actor.host",
     "asyncrl.buffer.audit",
     "asyncrl.cli.live",
+    "asyncrl.cli.main",
     "asyncrl.cli.run",
+    "asyncrl.engines.scripted",
     "asyncrl.roles.buffer",
     "asyncrl.roles.evaluator",
     "asyncrl.roles.generator",
@@ -67,28 +69,36 @@ def preload() -> None:
     """Import what forked processes need; starts no thread."""
     for name in PRELOADED:
         importlib.import_module(name)
+    # What some versions of typer import when they parse a command line.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("typer._adapters")
 
 
-def make_model(directory: Path) -> None:
-    """A random two-layer model with a character tokenizer, and held-out prompts."""
+def make_model(directory: Path, *, num_eval: int = 4) -> None:
+    """A random two-layer Qwen3 with a character tokenizer and a chat template, train.jsonl and eval.jsonl."""
     from transformers.utils import logging
 
     from tools.make_tiny_model import Recipe, build
 
     logging.disable_progress_bar()
     directory.mkdir(parents=True)
-    build(Recipe(**RECIPE), out=directory)
+    build(Recipe(**RECIPE, num_eval=num_eval), out=directory)
+
+
+def write_prompts(path: Path, *, count: int, seed: int = 0) -> None:
+    """A prompt file: sums with their labels."""
+    numbers = random.Random(seed)
+    pairs = [(numbers.randrange(10, 99), numbers.randrange(10, 99)) for _ in range(count)]
+    rows = [{"prompt": f"{a}+{b}", "label": str(a + b)} for a, b in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def topology(place: Path, model: Path, options: Mapping[str, Any]) -> Path:
     """The topology file of a case in its own directory, with its prompts and its reward."""
-    numbers = random.Random(0)
-    pairs = [(numbers.randrange(10, 99), numbers.randrange(10, 99)) for _ in range(NUM_PROMPTS)]
-    rows = [{"prompt": f"{a}+{b}", "label": str(a + b)} for a, b in pairs]
-    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_prompts(place / "prompts.jsonl", count=NUM_PROMPTS)
     (place / "patient.py").write_text(REWARD, encoding="utf-8")
     path = place / "topology.toml"
-    path.write_text(_toml({**_options(place, model), **options}), encoding="utf-8")
+    path.write_text(toml({**_options(place, model), **options}), encoding="utf-8")
     return path
 
 
@@ -132,11 +142,13 @@ def _options(place: Path, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _toml(options: Mapping[str, Any]) -> str:
+def toml(options: Mapping[str, Any]) -> str:
+    """Dotted options as a topology file, with one [[generator]] and one [[reward]]; None takes one out."""
     tables: dict[str, list[str]] = {}
     for name, value in options.items():
         table, _, key = name.partition(".")
-        tables.setdefault(table, []).append(f"{key} = {_value(value)}")
+        if value is not None:
+            tables.setdefault(table, []).append(f"{key} = {_value(value)}")
     lines = []
     for table, entries in tables.items():
         lines += [f"[[{table}]]" if table in {"generator", "reward"} else f"[{table}]", *entries, ""]
