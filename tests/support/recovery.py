@@ -94,6 +94,14 @@ def standing(run: Run, index: int) -> int:
     return pid
 
 
+@contextmanager
+def held(run: Run, index: int) -> Iterator[int]:
+    """An actor that was ordered to stop stands still, under this process id; at the end it goes on."""
+    pid = standing(run, index)
+    yield pid
+    os.kill(pid, signal.SIGCONT)
+
+
 def new_pid(run: Run, name: str, old: int) -> int:
     """Process id of the next life."""
 
