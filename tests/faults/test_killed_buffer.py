@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncrl.chaos import Order
-from tests.support.books import one, pairs, rows
+from tests.support.books import due, one, pairs, rows
 from tests.support.command import RUN_S, Run, launched
 from tests.support.processes import kill
 from tests.support.recovery import assert_recovered, carried_out, standing
@@ -45,15 +45,6 @@ def kill_buffer(run: Run, order: int, *others: str, query: str) -> set[int]:
     return set(held)
 
 
-def due(served: set[int]) -> list[int]:
-    """The versions to evaluate: the first served at or after each multiple of the interval, and the last."""
-    found = [0]
-    for version in sorted(served):
-        if version // EVAL_INTERVAL > found[-1] // EVAL_INTERVAL:
-            found.append(version)
-    return found
-
-
 def test_a_killed_buffer_costs_no_answer(tmp_path: Path, model: Path, slow: dict[str, Any]) -> None:
     options = {
         **slow,
@@ -84,6 +75,5 @@ def test_a_killed_buffer_costs_no_answer(tmp_path: Path, model: Path, slow: dict
     assert rows(run.path, "select 1 from totals where key = 'refused.results' and value > 0") == []
     # Versions published while nobody was there are announced as one: 7 may be evaluated for 6.
     done = pairs(run.path, "select version, seen from evaluations where done_at is not null order by 1")
-    served = {version for (version,) in rows(run.path, "select version from swaps")}
-    assert [*done] == due({*served, *done})
+    assert [*done] == due(run.path, EVAL_INTERVAL)
     assert ({*done.values()}, min(done), max(done)) == ({1}, 0, STEPS)
