@@ -52,7 +52,9 @@ def position(run: Run) -> tuple[Any, ...]:
 
 def is_held_back(run: Run, names: Sequence[str]) -> bool:
     """The source has handed in all it was asked for, only these hold leases, and no batch can be trained."""
-    holders = {name for (name,) in rows(run.path, "select distinct worker from leases where ended_at is null")}
+    holders = {
+        name for (name,) in rows(run.path, "select distinct worker from leases where ended_at is null")
+    }
     untrained = one(run.path, "select count(*) from batches where batch not in (select batch from trained)")
     at_hand = one(run.path, "select count(*) from groups where lane = 'train' and reason is null")
     return at_hand == TICKETS + LEAD and holders <= {*names} and ("trainer" in names or not untrained)

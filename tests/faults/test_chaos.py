@@ -108,9 +108,7 @@ def test_what_does_not_hold_is_found_and_can_be_repeated(tmp_path: Path) -> None
 
 def test_an_interrupt_ends_everything(tmp_path: Path) -> None:
     with start(tmp_path, "--cases", "4") as harness:
-        wait_until(
-            lambda: len(descendants(harness.pid)) >= 8, "a case to be under way", deadline_s=RUN_S
-        )
+        wait_until(lambda: len(descendants(harness.pid)) >= 8, "a case to be under way", deadline_s=RUN_S)
         harness.send_signal(signal.SIGINT)
         text, _ = harness.communicate(timeout=RUN_S)
     assert harness.returncode == 130, text

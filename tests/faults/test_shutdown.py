@@ -27,7 +27,7 @@ STEPS = 3
 POLL_S = 0.005
 HELD_OUT = 6
 LEFT = "select 1 from members where role = 'evaluator' and left_at is not null"
-REWARD = f'''"""A reward that keeps the last evaluation from ending as long as nobody has interrupted the run."""
+REWARD = f'''"""A reward that keeps the last evaluation from ending before the run is interrupted."""
 import pathlib
 import time
 

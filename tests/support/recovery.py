@@ -46,7 +46,7 @@ def assert_replays(run_dir: Path, *, steps: int | None = None) -> None:
     assert all(outcome.equal for outcome in outcomes), outcomes
 
 
-GATED = '''"""A reward that takes its time, and that no group from a certain one on passes before there is a file."""
+GATED = '''"""A reward that takes its time; groups from a certain one on wait until there is a file."""
 import hashlib
 import pathlib
 import time

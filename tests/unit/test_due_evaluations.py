@@ -1,4 +1,4 @@
-"""Which versions are evaluated: the first announced at or after each multiple of the interval, and the last."""
+"""Which versions are evaluated: the first announced at or after each multiple, and the last."""
 
 from __future__ import annotations
 
