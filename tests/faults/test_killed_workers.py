@@ -54,7 +54,7 @@ def kill_at_work(run: Run, name: str, kind: str, *, pid: int) -> None:
     if kind == "generate":
         fences = [fence for fence, _, _ in lost]
         assert any(one(run.path, "select sum(num_tokens) from bodies where fence = ?", f) for f in fences)
-    # Others take what it held.
+    # Others, or its next life, take what it held.
     for fence, group, _ in lost:
         run.until("select 1 from leases where group_id = ? and fence > ? and kind = ?", group, fence, kind)
     # It is started again, and works again; nothing of its old life is left.
@@ -65,12 +65,12 @@ def kill_at_work(run: Run, name: str, kind: str, *, pid: int) -> None:
 def test_killed_workers_cost_their_current_work_only(
     tmp_path: Path, model: Path, slow: dict[str, Any]
 ) -> None:
-    # The run is not over before both are back. The gate is behind all that was leased before it.
+    # The run is not over before both are back; and once the other reward worker waits at the gate with all it
+    # can hold, this one is given work.
     options = {**slow, **gated(tmp_path, 20), "run.num_rollout": 8}
     with launched(tmp_path, model, options, orders=ORDERS) as run:
-        generator, reward = standing(run, 0), standing(run, 1)
-        kill_at_work(run, "generator-0", "generate", pid=generator)
-        kill_at_work(run, "reward-0", "score", pid=reward)
+        kill_at_work(run, "generator-0", "generate", pid=standing(run, 0))
+        kill_at_work(run, "reward-0", "score", pid=standing(run, 1))
         let_go(tmp_path)
         assert run.end() == ExitCode.FINISHED, run.text
         assert "generator-0 was killed by signal 9" in run.text
