@@ -242,7 +242,9 @@ class EvalConfig(Table, frozen=True, kw_only=True):
     eval_prompt_data: list[str] = []
     """Name and path pairs: ["aime", "/data/aime.jsonl"]; a single path gets its file's name."""
     eval_interval: int | None = None
-    """Rollout steps between evaluations. None: only before training and at the end."""
+    """Rollout steps between evaluations. None: only before training and at the end. An evaluation is of the
+    first version that generators are told to serve at or after each multiple: where some were published
+    while another was evaluated, or while the buffer was away, only the newest of them is served."""
     skip_eval_before_train: bool = False
     """Leave out the evaluation of the initial model."""
     n_samples_per_eval_prompt: int = 1

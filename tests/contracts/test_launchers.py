@@ -163,7 +163,7 @@ def test_the_end_of_the_zygote_is_the_end_of_all_it_forked(place: Place) -> None
         os.kill(zygote, signal.SIGKILL)
         out, _ = supervisor.communicate(timeout=60)
     assert json.loads(out.splitlines()[-1])["code"] == -signal.SIGKILL
-    assert not alive(pid)
+    wait_until(lambda: not alive(pid), "what it forked to be gone")
 
 
 @processes
@@ -210,10 +210,17 @@ async def _supervise(launcher: Launcher, run_dir: Path, ready: str, lives: int) 
         resumed=False,
     )
     if ready:
-        await asyncio.to_thread(wait_until, Path(ready).exists, "the plug-in to run", deadline_s=60.0)
+        await asyncio.to_thread(
+            wait_until, lambda: _is_written(Path(ready)), "the plug-in to run", deadline_s=60.0
+        )
         handle.kill()
     code = await handle.wait()
     return code if lives == 1 else await _supervise(launcher, run_dir, ready, lives - 1)
+
+
+def _is_written(path: Path) -> bool:
+    """A file is there before what is written into it."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def _nobody(launcher: Launcher) -> str:

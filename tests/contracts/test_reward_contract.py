@@ -24,6 +24,8 @@ from asyncrl.rewards.sandbox import Sandbox
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE_S = 30
+TIMEOUT_S = 3
+"""Nobody but those that hang takes as long, however busy the machine is."""
 
 USER_CODE = """
 import asyncio, os, subprocess, sys, threading
@@ -145,7 +147,7 @@ async def test_a_reward_gives_each_sample_one_finite_repeatable_score(spec: Rewa
 @pytest.mark.parametrize(
     ("do", "kind", "says"),
     [
-        ("hang", FailureKind.TIMEOUT, "took over 1 s and was killed"),
+        ("hang", FailureKind.TIMEOUT, f"took over {TIMEOUT_S} s and was killed"),
         ("exit", FailureKind.CRASH, "exit status 3"),
         ("segfault", FailureKind.CRASH, "killed by SIGSEGV"),
         ("sys.exit", FailureKind.EXCEPTION, "SystemExit: 3"),
@@ -160,7 +162,7 @@ async def test_a_fault_costs_its_own_sample_only(
     user: Callable[..., RewardSpec], do: str, kind: FailureKind, says: str
 ) -> None:
     samples = [make(0), make(1), make(2, do), make(3), make(4)]
-    async with asyncio.timeout(DEADLINE_S), Sandbox(user("faulty"), timeout_s=1) as sandbox:
+    async with asyncio.timeout(DEADLINE_S), Sandbox(user("faulty"), timeout_s=TIMEOUT_S) as sandbox:
         results = await sandbox.score(samples)
         culprit = failure(results.pop(2))
         assert results == [Score(reward=1.0)] * 4
@@ -177,14 +179,14 @@ async def test_a_fault_costs_its_own_sample_only(
 
 async def test_coroutines_run_side_by_side_and_only_culprits_fail(user: Callable[..., RewardSpec]) -> None:
     samples = [make(0, "hang"), make(1), make(2, "exit"), make(3), make(4, "block"), make(5)]
-    async with asyncio.timeout(DEADLINE_S), Sandbox(user("faulty_async"), timeout_s=1) as sandbox:
+    async with asyncio.timeout(DEADLINE_S), Sandbox(user("faulty_async"), timeout_s=TIMEOUT_S) as sandbox:
         results = await sandbox.score(samples)
     kinds = [result.kind if isinstance(result, RewardFailure) else result.reward for result in results]
     assert kinds == ["timeout", 0.25, "crash", 0.25, "timeout", 0.25]
 
 
 async def test_a_group_is_judged_by_one_call(user: Callable[..., RewardSpec]) -> None:
-    async with asyncio.timeout(DEADLINE_S), Sandbox(user("group", group_rm=True), timeout_s=1) as sandbox:
+    async with asyncio.timeout(DEADLINE_S), Sandbox(user("group", group_rm=True), timeout_s=5) as sandbox:
         assert await sandbox.score_group([make(0), make(1)]) == [Score(reward=0.0), Score(reward=1.0)]
         short = await sandbox.score_group([make(0, "short"), make(1)])
         assert all("returned 1 rewards for 2 samples" in failure(result).message for result in short)
@@ -286,7 +288,7 @@ def until_gone(pid: int) -> None:
 
 async def test_what_user_code_started_dies_with_it(user: Callable[..., RewardSpec], tmp_path: Path) -> None:
     sample = make(0, metadata={"file": str(tmp_path / "pids")})
-    async with asyncio.timeout(DEADLINE_S), Sandbox(user("spawns"), timeout_s=1) as sandbox:
+    async with asyncio.timeout(DEADLINE_S), Sandbox(user("spawns"), timeout_s=TIMEOUT_S) as sandbox:
         (result,) = await sandbox.score([sample])
         assert failure(result).kind == FailureKind.TIMEOUT
         for pid in map(int, (tmp_path / "pids").read_text().split()):

@@ -34,5 +34,5 @@ def slow(tmp_path: Path) -> dict[str, Any]:
         "reward.batch": 4,
         "reward.use": "patient.py:grade",
         "run.heartbeat_s": 0.5,
-        "run.dead_after_s": 3.0,
+        "run.dead_after_s": 20.0,
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from asyncrl.buffer.store import RECENT_BYTES
 from asyncrl.errors import ExitCode
 from asyncrl.topology.plan import Plan
-from tests.support.books import assert_closed, one, pairs
-from tests.support.command import Run, launched
+from tests.support.books import assert_closed, one, pairs, rows
+from tests.support.command import RUN_S, Run, launched
 from tests.support.processes import wait_until
 from tests.support.recovery import stopped
 from tools.bench import peers
@@ -49,8 +50,18 @@ def position(run: Run) -> tuple[Any, ...]:
     )
 
 
-def wait_for_standstill(run: Run) -> tuple[Any, ...]:
-    """Wait until nothing has moved for STILL_S."""
+def is_held_back(run: Run, names: Sequence[str]) -> bool:
+    """The source has handed in all it was asked for, only these hold leases, and no batch can be trained."""
+    holders = {
+        name for (name,) in rows(run.path, "select distinct worker from leases where ended_at is null")
+    }
+    untrained = one(run.path, "select count(*) from batches where batch not in (select batch from trained)")
+    at_hand = one(run.path, "select count(*) from groups where lane = 'train' and reason is null")
+    return at_hand == TICKETS + LEAD and holders <= {*names} and ("trainer" in names or not untrained)
+
+
+def wait_for_standstill(run: Run, names: Sequence[str]) -> tuple[Any, ...]:
+    """Wait until nothing can move, and has not moved for STILL_S."""
     last, since = position(run), time.monotonic()
 
     def stands() -> bool:
@@ -58,9 +69,9 @@ def wait_for_standstill(run: Run) -> tuple[Any, ...]:
         now = position(run)
         if now != last:
             last, since = now, time.monotonic()
-        return time.monotonic() - since > STILL_S
+        return time.monotonic() - since > STILL_S and is_held_back(run, names)
 
-    wait_until(stands, "the run to stand still", show=lambda: run.text)
+    wait_until(stands, "the run to stand still", deadline_s=RUN_S, show=lambda: run.text)
     return last
 
 
@@ -84,7 +95,7 @@ def assert_flat(run: Run) -> None:
 def assert_backpressure(run: Run, *names: str) -> None:
     """With these stopped the others stop by themselves, the source too, and nobody's memory grows."""
     with stopped(*(run.pid(name) for name in names)):
-        before = wait_for_standstill(run)
+        before = wait_for_standstill(run, names)
         assert_flat(run)
         assert position(run) == before
         issued = one(run.path, "select count(*) from groups where lane = 'train'")
@@ -97,7 +108,8 @@ def test_nobody_grows_while_somebody_stands_still(tmp_path: Path, model: Path) -
     """Fails when tickets do not hold generators back, or when the desk asks for prompts without end."""
     options = {
         "run.num_rollout": 100_000,
-        "run.dead_after_s": 60.0,
+        "run.dead_after_s": 250.0,
+        "run.stall_s": 250.0,
         "rollout.max_staleness": 2,
         "rollout.rollout_max_response_len": 200,
         "rollout.progress_every_tokens": 50,

@@ -18,8 +18,8 @@ import msgspec
 import pytest
 
 from asyncrl.chaos import Order
-from tests.support.command import asyncrl
-from tests.support.processes import descendants, wait_until
+from tests.support.command import MARK, asyncrl
+from tests.support.processes import descendants, marked, wait_until
 from tools.chaos.matrix import core, expand, matrix
 from tools.chaos.spec import Case, read
 
@@ -48,7 +48,7 @@ def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tools.chaos", "--work", str(place / "work"), *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: str(place)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -108,19 +108,12 @@ def test_what_does_not_hold_is_found_and_can_be_repeated(tmp_path: Path) -> None
 
 def test_an_interrupt_ends_everything(tmp_path: Path) -> None:
     with start(tmp_path, "--cases", "4") as harness:
-        journals = (tmp_path / "work").glob
-        wait_until(
-            lambda: any(b"trainer" in path.read_bytes() for path in journals("*/runs/*/orders.jsonl")),
-            "a case to be under way",
-            deadline_s=RUN_S,
-        )
-        family = descendants(harness.pid)
-        assert len(family) >= 8
+        wait_until(lambda: len(descendants(harness.pid)) >= 8, "a case to be under way", deadline_s=RUN_S)
         harness.send_signal(signal.SIGINT)
         text, _ = harness.communicate(timeout=RUN_S)
     assert harness.returncode == 130, text
     assert "Traceback" not in text
-    wait_until(lambda: not [p for p in family if Path(f"/proc/{p}").exists()], "every process to be gone")
+    wait_until(lambda: not marked(f"{MARK}={tmp_path}"), "every process to be gone")
 
 
 def test_a_spec_is_the_case() -> None:

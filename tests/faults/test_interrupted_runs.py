@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asyncrl.errors import ExitCode
+from asyncrl.roles.reward import DRAIN_S
 from tests.support.books import assert_closed, one, pairs, reasons, rows
 from tests.support.command import launched, resumed
 from tests.support.processes import alive, descendants, kill, wait_until
-from tests.support.recovery import assert_replays
+from tests.support.recovery import assert_replays, gated, let_go
 
 pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
-GONE_S = 5.0
+STEPS = 5
+GONE_S = 15.0
 """How long the children of a killed launch may outlive it."""
-HALF_DONE = "select count(*) from samples where state in ('fresh', 'generating') and tokens > 0"
+BEGUN = "select 1 from samples where state = 'generating' and tokens between 1 and 20"
+SCORING = "select 1 from leases where kind = 'score' and ended_at is null"
 
 
 def test_a_drained_run_says_how_to_resume_and_resumes(
     tmp_path: Path, model: Path, slow: dict[str, Any]
 ) -> None:
-    with launched(tmp_path, model, {**slow, "run.num_rollout": 6}, forked=False) as run:
+    # Whoever has begun needs more than one and a half seconds for the rest.
+    answers = {"median": 100.0, "sigma": 0.0, "max_tokens": 100, "vocab_size": 90, "token_latency_s": 0.02}
+    options = {**slow, "run.num_rollout": STEPS, "generator.scripted": answers}
+    with launched(tmp_path, model, options, forked=False) as run:
         run.until("select 1 from trained where batch = 1")
-        run.until(HALF_DONE)
+        run.until(BEGUN)
         run.interrupt()
         assert run.end() == ExitCode.DRAINED, run.text
         assert "draining" in run.text
@@ -40,7 +47,7 @@ def test_a_drained_run_says_how_to_resume_and_resumes(
     with resumed(run.path, forked=False) as again:
         assert again.end() == ExitCode.FINISHED, again.text
     assert_closed(run.path)
-    assert reasons(run.path)["trained"] == 6 * 4
+    assert reasons(run.path)["trained"] == STEPS * 4
     assert rows(run.path, "select batch from trained group by batch having count(*) > 1") == []
     now = pairs(run.path, "select group_id || '.' || idx, tokens from samples")
     assert all(now[sample] >= tokens for sample, tokens in partial.items())
@@ -49,10 +56,11 @@ def test_a_drained_run_says_how_to_resume_and_resumes(
 def test_a_killed_launch_takes_its_children_along_and_resumes(
     tmp_path: Path, model: Path, slow: dict[str, Any]
 ) -> None:
-    options = {**slow, "run.num_rollout": 5, "trainer.save_interval": 2}
+    # Three batches are trained, two of them are in a checkpoint, and answers for the fourth wait for a score.
+    options = {**slow, **gated(tmp_path, 12), "run.num_rollout": STEPS, "trainer.save_interval": 2}
     with launched(tmp_path, model, options, forked=False) as run:
         run.until("select 1 from trained where batch = 2")
-        run.until(HALF_DONE)
+        run.until(SCORING)
         family = descendants(run.process.pid)
         assert len(family) >= 7
         kill(run.process.pid)
@@ -64,11 +72,12 @@ def test_a_killed_launch_takes_its_children_along_and_resumes(
         )
     assert rows(run.path, "select fence from leases where ended_at is null")
     assert_closed(run.path, finished=False)
+    let_go(tmp_path)
     with resumed(run.path) as again:
         assert again.end() == ExitCode.FINISHED, again.text
     assert_closed(run.path)
-    assert reasons(run.path)["trained"] == 5 * 4
-    assert_replays(run.path, steps=5)
+    assert reasons(run.path)["trained"] == STEPS * 4
+    assert_replays(run.path, steps=STEPS)
     # What the second life trained again came out the same.
     twice = rows(
         run.path, "select batch, count(distinct digest) from trained group by batch having count(*) > 1"
@@ -82,13 +91,15 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, model: Path, slow: dic
         "import time\n\n\ndef grade(sample):\n    time.sleep(60)\n    return 0.0\n", encoding="utf-8"
     )
     with launched(tmp_path, model, slow) as run:
-        run.until("select 1 from leases where kind = 'score' and ended_at is null")
+        run.until(SCORING)
         family = descendants(run.process.pid)
+        began = time.monotonic()
         run.interrupt()
         # The reward is not done for a minute, so the drain waits.
         run.says("draining")
         run.interrupt()
-        code = run.end(deadline_s=GONE_S)
+        code = run.end()
+        assert time.monotonic() - began < DRAIN_S, "it waited for the reward"
         assert code == ExitCode.DRAINED, run.text
         assert "Traceback" not in run.text
         wait_until(lambda: not any(map(alive, family)), "all children to end", deadline_s=GONE_S)

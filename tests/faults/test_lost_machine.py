@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from asyncrl.chaos import Order
 from tests.support.books import assert_closed, one, rows
 from tests.support.command import Run, launched, resumed
 from tests.support.processes import alive, descendants, kill, wait_until
-from tests.support.recovery import assert_recovered, catch
+from tests.support.recovery import assert_recovered, gated, let_go
 
 pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
@@ -22,15 +23,24 @@ AT_WORK = (
     "select count(distinct kind) = 2 from leases where ended_at is null and kind in ('generate', 'score')"
 )
 AHEAD = "select max(version) from versions having max(version) > (select max(rollout_step) from checkpoints)"
+SAVED = "select max(rollout_step) from checkpoints"
+FIRST_CLOSED = 16
+"""Of the groups that wait for their scores: four batches can be trained, three are in the checkpoint."""
+ORDERS = [
+    Order(
+        actor=f"generator-{number}", at="sent:Reports", where={"group_id": FIRST_CLOSED, "status": "pending"},
+        action="stop",
+    )
+    for number in range(2)
+]  # fmt: skip
+"""Whoever has that group stands still with a part of it; the other goes on."""
 
 
 def lose_everything(run: Run) -> None:
     """SIGKILL of every process of a run while answers are on their way and a checkpoint is behind."""
-    catch(
-        run.pid("trainer"),
-        lambda: bool(one(run.path, AT_WORK) and one(run.path, AHEAD)),
-        "work out, and versions beyond the checkpoint",
-    )
+    run.until(AT_WORK)
+    run.until(AHEAD)
+    assert one(run.path, SAVED) == 3
     family = [run.process.pid, *descendants(run.process.pid)]
     assert len(family) >= 7
     for pid in family:
@@ -45,10 +55,13 @@ def lose_everything(run: Run) -> None:
 
 def test_a_lost_machine(tmp_path: Path, model: Path, slow: dict[str, Any]) -> None:
     steps = 7
-    options = {**slow, "run.num_rollout": steps, "trainer.save_interval": 3}
-    with launched(tmp_path, model, options) as run:
-        run.until("select 1 from checkpoints where rollout_step = 3")
+    options = {
+        **slow, **gated(tmp_path, FIRST_CLOSED), "run.num_rollout": steps, "trainer.save_interval": 3
+    }  # fmt: skip
+    with launched(tmp_path, model, options, orders=ORDERS) as run:
+        run.until("select 1 from trained where batch = 3")
         lose_everything(run)
+    let_go(tmp_path)
     with resumed(run.path) as again:
         assert_recovered(again, steps=steps)
     started = rows(run.path, "select rollout_step from incarnations order by incarnation")

@@ -26,6 +26,20 @@ from tests.support.world import write_prompts
 STEPS = 3
 POLL_S = 0.005
 HELD_OUT = 6
+LEFT = "select 1 from members where role = 'evaluator' and left_at is not null"
+REWARD = f'''"""A reward that keeps the last evaluation from ending before the run is interrupted."""
+import pathlib
+import time
+
+GO = pathlib.Path(__file__).with_name("go")
+
+
+def grade(sample):
+    held_out = sample.label == "0"
+    while held_out and sample.weight_versions[0].startswith("{STEPS}.") and not GO.exists():
+        time.sleep({POLL_S})
+    return float(sample.index % 2)
+'''
 
 PHASES = {
     # Nothing is published yet, somebody may not even have said hello.
@@ -44,24 +58,33 @@ PHASES = {
 
 
 @contextmanager
-def interrupted(run_dir: Path, query: str) -> Iterator[threading.Event]:
-    """Ctrl-C to this process, whose run is inside it, as soon as the query gives a row; the event tells."""
-    came, over = threading.Event(), threading.Event()
+def interrupted(run_dir: Path, query: str) -> Iterator[list[float]]:
+    """Ctrl-C to this process, whose run is inside it, as soon as the query gives a row; the list tells when.
+
+    The last evaluation waits for it, so that it always comes in time; and that evaluation goes on when nobody
+    is left to take note of its end, so that the run never finishes first.
+    """
+    asked: list[float] = []
+    over = threading.Event()
+    go = run_dir.parents[1] / "go"
 
     def watch() -> None:
         while not over.wait(POLL_S):
-            if one(run_dir, query):
-                came.set()
+            if one(run_dir, LEFT if asked else query):
+                if asked:
+                    go.touch()
+                    return
+                asked.append(time.time())
                 os.kill(os.getpid(), signal.SIGINT)
-                return
 
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        yield came
+        yield asked
     finally:
         over.set()
         watching.join()
+        go.touch()
 
 
 def patient(place: Path) -> dict[str, Any]:
@@ -101,13 +124,15 @@ def assert_whole(run_dir: Path) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_an_interrupt_drains_whenever_it_comes(tmp_path: Path, model: Path, phase: str) -> None:
     run_dir = tmp_path / "runs" / "run"
-    with interrupted(run_dir, PHASES[phase]) as came:
-        done = run_inside(tmp_path, model, patient(tmp_path))
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    options = {**patient(tmp_path), "reward.use": f"{tmp_path / 'mine.py'}:grade"}
+    with interrupted(run_dir, PHASES[phase]) as asked:
+        done = run_inside(tmp_path, model, options)
         ended = time.time()
-    assert came.is_set(), "the run was over before that"
+    assert asked, "the run was over before that"
     assert done.code == ExitCode.DRAINED, done.detail
-    asked = one(run_dir, "select max(left_at) from members where reason = 'draining'")
-    assert ended - asked < DRAIN_S / 2, "somebody waited for an acknowledgement that had come"
+    # Who waits for an acknowledgement that has come already waits all of that.
+    assert ended - asked[0] < DRAIN_S, "somebody waited for an acknowledgement that had come"
     assert_closed(run_dir, finished=False)
     saved, trained = (
         one(run_dir, "select coalesce(max(rollout_step), 0) from checkpoints"),

@@ -16,7 +16,7 @@ from tests.support.recovery import assert_replays, new_pid, stopped
 
 pytestmark = pytest.mark.timeout(300)  # starts many processes, which a busy machine stretches
 
-DEAD_AFTER_S = 3.0
+DEAD_AFTER_S = 6.0
 
 
 def stop_for_good(run: Run, *names: str) -> None:
@@ -27,7 +27,7 @@ def stop_for_good(run: Run, *names: str) -> None:
         for name, pid in pids.items():
             new_pid(run, name, pid)
             assert not alive(pid), "two lives of one name"
-            assert f"{name} was killed by signal 9: silent for" in run.text
+            run.says(f"{name} was killed by signal 9: silent for")
         assert time.monotonic() - at > DEAD_AFTER_S / 2
 
 
@@ -42,7 +42,7 @@ def stop_for_a_moment(*pids: int, seconds: float) -> None:
 def test_stopped_processes(tmp_path: Path, model: Path, slow: dict[str, Any]) -> None:
     options = {
         **slow,
-        "run.num_rollout": 1000,
+        "run.num_rollout": 10_000,
         "run.dead_after_s": DEAD_AFTER_S,
         "trainer.save_interval": 2,
     }

@@ -18,6 +18,7 @@ from asyncrl.errors import ExitCode
 from tests.support.books import assert_closed, pairs
 from tests.support.command import Said, asyncrl, launched, resumed
 from tests.support.processes import wait_until
+from tests.support.recovery import gated, let_go
 from tests.support.world import write_prompts, write_topology
 
 PREFLIGHT_S = 3.0
@@ -185,7 +186,7 @@ def test_what_is_no_run_is_named(tmp_path: Path, command: tuple[str, ...]) -> No
 
 def test_a_run_directory_of_a_live_run_is_refused(tmp_path: Path, model: Path) -> None:
     slow = {
-        "generator.scripted": {"median": 16.0, "max_tokens": 16, "vocab_size": 90, "token_latency_s": 0.5}
+        "generator.scripted": {"median": 16.0, "max_tokens": 16, "vocab_size": 90, "token_latency_s": 60.0}
     }
     with launched(tmp_path, model, slow) as run:
         wait_until(lambda: run.status.get("pid"), "the run to hold its directory", show=lambda: run.text)
@@ -212,16 +213,13 @@ def test_refusing_every_group_ends_the_run_in_words(tmp_path: Path, model: Path)
 @pytest.mark.timeout(300)  # two launches, which a busy machine stretches
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path, model: Path) -> None:
     """The buffer may write no more: a limit on its files stands for a full disk (a restart would lift it)."""
-    options = {
-        "run.num_rollout": 12,
-        "run.max_restarts": 0,
-        "generator.scripted": {"median": 16.0, "max_tokens": 16, "vocab_size": 90, "token_latency_s": 0.02},
-    }
+    options = {**gated(tmp_path, 16, seconds=0.0), "run.num_rollout": 12, "run.max_restarts": 0}
     with launched(tmp_path, model, options) as run:
         buffer = run.pid("buffer")
         run.until("select count(*) from trained")
         size = (run.path / "buffer.db-wal").stat().st_size
         resource.prlimit(buffer, resource.RLIMIT_FSIZE, (size, size))
+        let_go(tmp_path)
         assert run.end() == ExitCode.FAILED
         assert "Traceback" not in run.text
         assert "a commit failed" in run.text

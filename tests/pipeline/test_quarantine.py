@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import pytest
 
 from asyncrl.buffer.audit_story import story
 from asyncrl.buffer.records import Records
+from asyncrl.chaos import Order
 from asyncrl.errors import DataError, ExitCode
 from asyncrl.run import quarantine
-from tests.support import recovery
 from tests.support.books import assert_closed, one, reasons, rows
 from tests.support.command import Said, asyncrl, launched, resumed
 from tests.support.inside import run_inside
-from tests.support.recovery import assert_replays
+from tests.support.processes import kill
+from tests.support.recovery import assert_replays, held, standing
 
 REWARD = '''"""A reward that cannot grade one prompt as long as its file says so."""
 import pathlib
@@ -153,19 +153,21 @@ def test_a_filter_that_fails_is_run_again_over_the_whole_group(tmp_path: Path, m
 @pytest.mark.timeout(300)
 def test_a_live_run_tries_a_failed_group_again_as_a_new_one(tmp_path: Path, model: Path) -> None:
     """Fails when the cursor forgets the requests: the source's restart would issue them again."""
-    options = {**with_reward(tmp_path), **LONG, "run.dead_after_s": 60.0}
-    with launched(tmp_path, model, options) as run:
-        run.until("select 1 from groups where reason = 'failed'")
-        (tmp_path / "broken").unlink()
-        # The run must not end before the commands do.
-        with recovery.stopped(run.pid("trainer")):
+    options = {**with_reward(tmp_path), **LONG}
+    orders = [EARLY, Order(actor="source", at="sent:Issue", where={"retry_of": 1}, action="stop")]
+    with launched(tmp_path, model, options, orders=orders) as run:
+        with held(run, 0):
+            run.until("select 1 from groups where reason = 'failed'")
+            (tmp_path / "broken").unlink()
             asked = command(run.path, "retry", "1")
+            assert (asked.code, "with the next prompts it needs" in asked.out) == (0, True), asked.text
             twice = command(run.path, "retry", "1")
-        assert (asked.code, "with the next prompts it needs" in asked.out) == (0, True), asked.text
-        assert twice.code == ExitCode.FAILED
+            assert twice.code == ExitCode.FAILED
+        source = standing(run, 1)
         new = run.until("select group_id from retries where retry_of = 1")
-        os.kill(run.pid("source"), 9)
+        kill(source)
         assert run.end() == ExitCode.FINISHED, run.text
+    assert one(run.path, "select count(*) from members where name = 'source'") == 2
     assert rows(run.path, "select retry_of, group_id from retries") == [(1, new)]
     assert_tried_again(run.path, new)
     again = command(run.path, "ls").out
@@ -175,9 +177,11 @@ def test_a_live_run_tries_a_failed_group_again_as_a_new_one(tmp_path: Path, mode
 @pytest.mark.timeout(300)
 def test_a_stopped_run_tries_it_again_when_it_is_resumed(tmp_path: Path, model: Path) -> None:
     options = {**with_reward(tmp_path), **LONG}
-    with launched(tmp_path, model, options) as run:
-        run.until("select 1 from groups where reason = 'failed'")
-        run.interrupt()
+    with launched(tmp_path, model, options, orders=[EARLY]) as run:
+        with held(run, 0):
+            run.until("select 1 from groups where reason = 'failed'")
+            run.interrupt()
+            run.says("draining")
         assert run.end() == ExitCode.DRAINED, run.text
     (tmp_path / "broken").unlink()
     asked = command(run.path, "retry", "1")
@@ -196,8 +200,12 @@ def test_a_stopped_run_tries_it_again_when_it_is_resumed(tmp_path: Path, model: 
 LONG = {
     "run.num_rollout": 8,
     "rollout.max_staleness": 1,
+    # Who stands still may do so for as long as this test takes to look at it.
+    "run.dead_after_s": 60.0,
     "generator.scripted": {"median": 8.0, "max_tokens": 16, "vocab_size": 90, "token_latency_s": 0.02},
 }
+EARLY = Order(actor="trainer", at="sent:Trained", where={"batch": 1}, action="stop")
+"""Most batches are still to come, and most of their prompts to be issued."""
 
 
 def assert_tried_again(path: Path, new: int) -> None:

@@ -9,16 +9,16 @@ import pytest
 
 from asyncrl.buffer.records import Records
 from asyncrl.errors import ExitCode
-from tests.support.books import assert_closed, one, reasons, rows
+from tests.support.books import assert_closed, due, one, reasons, rows
 from tests.support.inside import Finished, run_inside
 from tests.support.world import write_prompts
 
 EMBEDDED = {"generator.engine": "embedded", "generator.scripted": None}
 SYNCHRONOUS = {"rollout.max_staleness": 0, "generator.on_new_weights": "finish"}
 SLOW_ANSWERS = {
-    # Every answer has 32 tokens of 5 ms: it outlasts several pushes.
+    # Every answer has 32 tokens of 40 ms: it outlasts a push, also on a busy machine.
     "generator.scripted": {
-        "median": 32.0, "sigma": 0.0, "max_tokens": 32, "vocab_size": 90, "token_latency_s": 0.005
+        "median": 32.0, "sigma": 0.0, "max_tokens": 32, "vocab_size": 90, "token_latency_s": 0.04
     },
     "rollout.rollout_max_response_len": 32,
 }  # fmt: skip
@@ -201,11 +201,13 @@ def test_an_evaluation_names_one_version_and_trains_nothing(tmp_path: Path, mode
     assert run.code == ExitCode.FINISHED
     assert_closed(run.path)
     done = rows(run.path, "select version from evaluations where done_at is not null and seen = 1 order by 1")
-    assert [row[0] for row in done] == [0, 2, 3]
+    versions = [row[0] for row in done]
+    # 0, 2, 3 unless the buffer was so slow that it announced 2 and 3 as one.
+    assert versions == due(run.path, 2)
+    assert (versions[0], versions[-1]) == (0, 3)
     with Records(run.path) as records:
-        assert {v: set(values) for v, values in records.evaluations().items()} == {
-            v: {"held-out"} for v in (0, 2, 3)
-        }
+        found = {version: set(values) for version, values in records.evaluations().items()}
+    assert found == {version: {"held-out"} for version in versions}
     mixed = (
         "select g.group_id from groups g join bodies b using (group_id), json_each(b.spans) s"
         " where g.lane = 'eval' and b.kind = 'segment' and json_extract(s.value, '$[0]') != g.version"

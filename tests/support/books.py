@@ -45,6 +45,16 @@ def reasons(run_dir: Path) -> dict[str, int]:
     )
 
 
+def due(run_dir: Path, interval: int) -> list[int]:
+    """The versions to evaluate: of those served the first at or after each multiple of `interval`."""
+    told = rows(run_dir, "select version from swaps union select version from evaluations order by 1")
+    found: list[int] = []
+    for (version,) in told:
+        if not found or version // interval > found[-1] // interval:
+            found.append(version)
+    return found
+
+
 def assert_closed(run_dir: Path, *, finished: bool = True) -> None:
     """The audit closes; where the run has finished, every group is settled, once."""
     report = audit(run_dir)

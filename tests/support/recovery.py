@@ -46,6 +46,45 @@ def assert_replays(run_dir: Path, *, steps: int | None = None) -> None:
     assert all(outcome.equal for outcome in outcomes), outcomes
 
 
+GATED = '''"""A reward that takes its time; groups from a certain one on wait until there is a file."""
+import hashlib
+import pathlib
+import time
+
+GO = pathlib.Path(__file__).with_name("go")
+
+
+def grade(sample):
+    while sample.group_index >= {group} and not GO.exists():
+        time.sleep(0.02)
+    time.sleep({seconds})
+    return float(hashlib.sha256(sample.response.encode()).digest()[0] % 2)
+'''
+
+
+def gated(place: Path, group: int, *, seconds: float = 0.1) -> dict[str, Any]:
+    """Options of a run that comes as far as the groups before this one let it, and waits for `let_go`.
+
+    Answers are equally long: they come in the order of their groups, so that none waits behind the gate.
+    """
+    (place / "gated.py").write_text(GATED.format(group=group, seconds=seconds), encoding="utf-8")
+    return {
+        "reward.use": f"{place / 'gated.py'}:grade",
+        "reward.timeout_s": 250.0,
+        "generator.scripted": {
+            "median": 50.0, "sigma": 0.0, "max_tokens": 100, "vocab_size": 90, "token_latency_s": 0.01
+        },
+        # Nobody is given up meanwhile.
+        "run.dead_after_s": 60.0,
+        "run.stall_s": 250.0,
+    }  # fmt: skip
+
+
+def let_go(place: Path) -> None:
+    """Open the gate."""
+    (place / "go").touch()
+
+
 @contextmanager
 def stopped(*pids: int) -> Iterator[None]:
     """Processes under SIGSTOP; they are continued at the end, where they still are there."""
@@ -92,6 +131,14 @@ def standing(run: Run, index: int) -> int:
     pid = int(carried_out(run, index)["pid"])
     wait_until(lambda: (stat(pid) or (0, ""))[1] == "T", f"process {pid} to stand still")
     return pid
+
+
+@contextmanager
+def held(run: Run, index: int) -> Iterator[int]:
+    """An actor that was ordered to stop stands still, under this process id; at the end it goes on."""
+    pid = standing(run, index)
+    yield pid
+    os.kill(pid, signal.SIGCONT)
 
 
 def new_pid(run: Run, name: str, old: int) -> int:
