@@ -48,8 +48,8 @@ def _environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
 
 
-def _command(arguments: Sequence[str | Path]) -> list[str]:
-    return [sys.executable, "-m", "asyncrl.cli.main", *map(str, arguments)]
+def _command(arguments: Sequence[str | Path], module: str = "asyncrl.cli.main") -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
 
 
 def asyncrl(*arguments: str | Path, cwd: Path, deadline_s: float = COMMAND_S) -> Said:
@@ -79,12 +79,15 @@ class Job:
     """How long what it started may outlive it."""
 
     def __init__(
-        self, *arguments: str | Path, cwd: Path, output: Path, forked: bool = True, **environment: str
-    ) -> None:
+        self, *arguments: str | Path, cwd: Path, output: Path, forked: bool = True, module: str = "",
+        **environment: str,
+    ) -> None:  # fmt: skip
+        """`module` is another one than asyncrl's command, executed."""
+        forked = forked and not module
         self._output = output
         output.write_bytes(b"")
         self.process = nursery().start(
-            arguments if forked else _command(arguments),
+            arguments if forked else _command(arguments, *([module] if module else [])),
             place=cwd,
             output=output,
             env=_environment(**environment),
