@@ -75,5 +75,5 @@ def test_a_killed_buffer_costs_no_answer(tmp_path: Path, model: Path, slow: dict
     assert rows(run.path, "select 1 from totals where key = 'refused.results' and value > 0") == []
     # Versions published while nobody was there are announced as one: 7 may be evaluated for 6.
     done = pairs(run.path, "select version, seen from evaluations where done_at is not null order by 1")
-    assert [*done] == due(run.path, EVAL_INTERVAL)
+    assert [*done] == due(run.path, EVAL_INTERVAL, STEPS)
     assert ({*done.values()}, min(done), max(done)) == ({1}, 0, STEPS)

@@ -45,12 +45,12 @@ def reasons(run_dir: Path) -> dict[str, int]:
     )
 
 
-def due(run_dir: Path, interval: int) -> list[int]:
-    """The versions to evaluate: of those served the first at or after each multiple of `interval`."""
+def due(run_dir: Path, interval: int, last: int) -> list[int]:
+    """The versions to evaluate: the first served at or after each multiple of `interval`, and `last`."""
     told = rows(run_dir, "select version from swaps union select version from evaluations order by 1")
     found: list[int] = []
     for (version,) in told:
-        if not found or version // interval > found[-1] // interval:
+        if not found or version // interval > found[-1] // interval or version == last:
             found.append(version)
     return found
 
