@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncrl"
-PACKAGES = ("actor", "roles", "weights", "rewards", "run")
+PACKAGES = ("actor", "roles", "buffer", "train", "weights", "rewards", "run")
 WAITS = {"recv", "recv_multipart", "wait", "wait_for", "get", "put", "join", "acquire", "read", "readline"}
 """Methods, and functions of asyncio, that return when somebody else has done something."""
 WRITES = {"send": {"_desk", "_control", "link"}, "drain": {"stdin"}}
@@ -58,7 +58,7 @@ OF_OUR_OWN = {
     "actor/base.py: _started: asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)",
     "actor/base.py: _drain: self._ready.wait()",
     # Own training, on the compute thread.
-    "roles/trainer.py: _fetch: self._prepared.put((part.batch, part.recorded_digest, prepared))",
+    "train/deliveries.py: fetch: self._prepared.put(Job(part.batch, part.recorded_digest, prepared))",
     "weights/pushes.py: write: self._jobs.get()",
     # Whoever has a child gives it back at its own deadline.
     "rewards/sandbox.py: _child: self._free.get()",
