@@ -28,7 +28,7 @@ FOR_EVER = {
     "actor/base.py: _read_control: self._control.recv()",
     "actor/client.py: _read_desk: self._desk.recv()",
     "actor/supervisor.py: _read: self._link.recv()",
-    "roles/buffer.py: _read: self._link.recv()",
+    "roles/buffer.py: _read: self.door.server.recv()",
     # Of receivers of weights, who owe their publisher nothing.
     "weights/carriers/stream.py: serve: self._link.recv()",
     # An actor, and a run, live until they are told to leave; `Peers` ends the one, the watchdog the other.
