@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,14 +243,25 @@ class LoopLag:
         return lag_s
 
 
+class Part:
+    """Of an actor, a part with queues and events of its own: they are shown as the actor's."""
+
+
 def queues_of(owner: object) -> dict[str, int]:
-    """Sizes of the asyncio queues among an object's attributes."""
-    return {name.strip("_"): q.qsize() for name, q in vars(owner).items() if isinstance(q, asyncio.Queue)}
+    """Sizes of the asyncio queues among an object's attributes, and among those of its `Part`s."""
+    return {name: q.qsize() for name, q in _attributes(owner) if isinstance(q, asyncio.Queue)}
 
 
 def events_of(owner: object) -> dict[str, bool]:
-    """The asyncio events among an object's attributes, and whether they are set."""
-    return {name.strip("_"): e.is_set() for name, e in vars(owner).items() if isinstance(e, asyncio.Event)}
+    """The asyncio events among an object's attributes and those of its `Part`s, and whether they are set."""
+    return {name: e.is_set() for name, e in _attributes(owner) if isinstance(e, asyncio.Event)}
+
+
+def _attributes(owner: object) -> Iterator[tuple[str, object]]:
+    for name, value in vars(owner).items():
+        yield name.strip("_"), value
+        if isinstance(value, Part):
+            yield from _attributes(value)
 
 
 def rss_bytes(pid: int | str = "self") -> int:

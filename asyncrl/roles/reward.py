@@ -17,22 +17,13 @@ import msgspec
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.errors import ExitCode
-from asyncrl.messages.control import (
-    Acks,
-    Hello,
-    Kind,
-    Lease,
-    Leases,
-    Scored,
-    Scores,
-    Verdict,
-    Want,
-    Welcome,
-)
+from asyncrl.messages.control import Acks, Hello, Kind, Lease, Leases, Welcome
 from asyncrl.messages.parts import leased_bytes, unpack
-from asyncrl.messages.sample import Sample, Score
+from asyncrl.messages.sample import Sample
 from asyncrl.obs.vitals import Facts
 from asyncrl.rewards.base import RewardFailure, RewardSpec
+from asyncrl.rewards.held import Held
+from asyncrl.rewards.results import scores_of, verdict_of
 from asyncrl.rewards.sandbox import Sandbox
 from asyncrl.rewards.teacher import Teacher
 from asyncrl.topology.flat import flat_options
@@ -66,15 +57,8 @@ class RewardRole(DeskActor):
         )
         self._teacher = _teacher(self.plan, self.table)
         self._jobs: asyncio.Queue[tuple[Lease, list[Sample], int]] = asyncio.Queue()
-        self._held: dict[int, tuple[Kind, int, int]] = {}
-        """By fence of a lease that is not handed in: what it is for, samples, bytes."""
-        self._unsaid: dict[int, Statement] = {}
-        """By fence: results that are not acknowledged."""
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.held = Held(batch=self.table.batch, window_bytes=self.plan.topology.buffer.window_bytes)
         self._scored = self._failed = 0
-        self._began: dict[int, float] = {}
-        """Fence of each lease in hand -> when it came, on the monotonic clock."""
 
     async def open(self) -> None:
         await self._sandbox.start()
@@ -84,29 +68,16 @@ class RewardRole(DeskActor):
 
     async def _ask(self) -> None:
         """produces: the first credit; the rest follows results"""
-        window = self.plan.topology.buffer.window_bytes
-        await self.say(
-            (self._credit(Kind.SCORE, self.table.batch, window), ()),
-            (self._credit(Kind.FILTER, self.table.batch, 0), ()),
-        )
+        await self.say(*((want, ()) for want in self.held.wants()))
         await asyncio.Event().wait()
 
-    def _credit(self, kind: Kind, samples: int, num_bytes: int) -> Want:
-        return Want(kind=kind, samples=samples, num_bytes=num_bytes, capacity=self.table.batch)
-
     def introduce(self, hello: Hello) -> Hello:
-        return msgspec.structs.replace(hello, leases=sorted({*self._held, *self._unsaid}))
+        return msgspec.structs.replace(hello, leases=self.held.fences)
 
     def restate(self, welcome: Welcome) -> list[Statement]:
         """Results that are not acknowledged, and the room we have; what is being scored goes on."""
         del welcome
-        room = {Kind.SCORE: self.table.batch, Kind.FILTER: self.table.batch}
-        num_bytes = self.plan.topology.buffer.window_bytes
-        for kind, samples, size in self._held.values():
-            room[kind] -= samples
-            num_bytes -= size
-        wants = [(self._credit(Kind.SCORE, room[Kind.SCORE], num_bytes), ())]
-        return [*self._unsaid.values(), *wants, (self._credit(Kind.FILTER, room[Kind.FILTER], 0), ())]
+        return [*self.held.unsaid, *((want, ()) for want in self.held.wants())]
 
     async def handle(self, message: Any, frames: list[bytes]) -> None:
         match message:
@@ -115,17 +86,12 @@ class RewardRole(DeskActor):
                 groups = unpack([lease.parts for lease in message.leases], frames)
                 for lease, samples in zip(message.leases, groups, strict=True):
                     num_bytes = leased_bytes(lease.parts, sizes)
-                    if lease.fence in self._held or lease.fence in self._unsaid:
-                        # Sent again by a desk that could not know it arrived: only its charge comes back.
-                        self._jobs.put_nowait((lease, [], num_bytes))
-                        continue
-                    self._held[lease.fence] = (lease.kind, len(samples), num_bytes)
-                    self._began[lease.fence] = time.monotonic()
-                    self._idle.clear()
-                    self._jobs.put_nowait((lease, samples, num_bytes))
+                    # What a desk that could not know it arrived has sent again gives its charge back only.
+                    new = self.held.take(lease, samples=len(samples), num_bytes=num_bytes)
+                    self._jobs.put_nowait((lease, samples if new else [], num_bytes))
             case Acks():
                 for ack in message.acks:  # a refused score belongs to somebody else now: nothing to do here
-                    self._unsaid.pop(ack.fence, None)
+                    self.held.acknowledged(ack.fence)
 
     async def _score_all(self) -> None:
         """consumes: leases    waits for: leases    produces: one task per lease, bounded by our credit"""
@@ -137,7 +103,7 @@ class RewardRole(DeskActor):
 
     async def _do(self, lease: Lease, samples: list[Sample], num_bytes: int) -> None:
         if not samples:
-            await self.send(self._credit(lease.kind, len(lease.parts.indices), num_bytes))
+            await self.send(self.held.credit(lease.kind, len(lease.parts.indices), num_bytes))
             return
         began = time.monotonic()
         if lease.kind is Kind.FILTER:
@@ -145,61 +111,49 @@ class RewardRole(DeskActor):
         else:
             result = await self._score(lease, samples)
         self.gauges["reward/latency_s"] = time.monotonic() - began
-        self._unsaid[lease.fence] = result
-        del self._held[lease.fence]
-        self._began.pop(lease.fence, None)
-        await self.say(result, (self._credit(lease.kind, len(samples), num_bytes), ()))
-        if not self._held:
-            self._idle.set()
+        self.held.done(lease.fence, result)
+        await self.say(result, (self.held.credit(lease.kind, len(samples), num_bytes), ()))
+        self.held.said()
 
     async def _score(self, lease: Lease, samples: list[Sample]) -> Statement:
         whole = self.table.group_rm and samples[0].lane == "train"
         results = await (self._sandbox.score_group(samples) if whole else self._sandbox.score(samples))
         if self._teacher is not None:
             results = await self._teacher.complete(samples, results)
-        scores, frames = [], []
-        for sample, result in zip(samples, results, strict=True):
-            scores.append(_scored(lease.fence, sample, result))
-            frames.append(msgspec.msgpack.encode(result) if isinstance(result, Score) else b"")
+        for result in results:
             if isinstance(result, RewardFailure):
                 self._failed += 1
                 self.log.warning(
                     "reward failed", kind=result.kind, error=result.message, trace=result.traceback
                 )
-        self._scored += len(scores)
+        self._scored += len(results)
         self.gauges |= {"reward/scored": self._scored, "reward/failures": self._failed}
-        return Scores(scores=scores), frames
+        return scores_of(lease.fence, samples, results)
 
     async def _judge(self, lease: Lease, samples: list[Sample]) -> Statement:
         verdict = await self._sandbox.verdict(samples)
-        group_id = lease.parts.group_id
         if isinstance(verdict, RewardFailure):
-            self.log.warning("filter failed", group_id=group_id, kind=verdict.kind, error=verdict.message)
-            answer = Verdict(fence=lease.fence, group_id=group_id, keep=False, error=verdict.message)
-        else:
-            answer = Verdict(
-                fence=lease.fence,
-                group_id=group_id,
-                keep=verdict.keep,
-                reason=verdict.reason,
-                removed=[samples[position].index for position in verdict.removed],
+            self.log.warning(
+                "filter failed", group_id=lease.parts.group_id, kind=verdict.kind, error=verdict.message
             )
-        return answer, ()
+        return verdict_of(lease, samples, verdict), ()
 
     async def drain(self) -> None:
         """What is being scored is finished; leases that arrive later go back with our goodbye."""
         try:
             with self.side_waits("rewards"):
                 async with asyncio.timeout(DRAIN_S):
-                    await self._idle.wait()
+                    await self.held.idle.wait()
         except TimeoutError:
-            self.log.warning("left with work undone", leases=len(self._held))
+            self.log.warning("left with work undone", leases=len(self.held))
         self.leave(ExitCode.DRAINED)
 
     def vitals(self) -> Facts:
-        oldest = time.monotonic() - min(self._began.values()) if self._began else 0.0
         return msgspec.structs.replace(
-            super().vitals(), held=len(self._held), capacity=self.table.batch, oldest_held_s=oldest
+            super().vitals(),
+            held=len(self.held),
+            capacity=self.table.batch,
+            oldest_held_s=self.held.oldest_s,
         )
 
     async def close(self) -> None:
@@ -207,19 +161,6 @@ class RewardRole(DeskActor):
         if self._teacher is not None:
             await self._teacher.close()
         await self._sandbox.close()
-
-
-def _scored(fence: int, sample: Sample, result: Score | RewardFailure) -> Scored:
-    if isinstance(result, RewardFailure):
-        error = f"{result.kind}: {result.message}"
-        return Scored(fence=fence, group_id=sample.group_id, index=sample.index, error=error)
-    return Scored(
-        fence=fence,
-        group_id=sample.group_id,
-        index=sample.index,
-        reward=result.reward,
-        remove_sample=result.remove_sample,
-    )
 
 
 def _teacher(plan: Plan, table: RewardConfig) -> Teacher | None:

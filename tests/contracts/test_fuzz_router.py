@@ -5,7 +5,7 @@ ledger's tests. They do a whole run while strangers and members gone mad throw r
 close.
 
 Guards that these tests were seen to fail without: `gate.check`, the roles and identities of
-`BufferRole._hello`, `updates_of`, the bounds of `messages.numbers`, `Complaints`.
+`Door.welcome`, `updates_of`, the bounds of `messages.numbers`, `Complaints`.
 """
 
 from __future__ import annotations
@@ -292,8 +292,7 @@ async def test_a_run_ends_and_closes_in_a_storm(tmp_path: Path, lines: list[Any]
             return hello(name, "generator" if name[-1] in "02468" else "reward")
 
         storm = Storm(corpus(), seed=7)
-        victim = role._link
-        assert victim is not None
+        victim = role.door.server
         with Attack(honest._address, storm, count=count, hello=generator_or_reward, victim=victim) as attack:
             working = asyncio.create_task(honest.work(lambda step: attack.sent * STEPS >= step * count))
             while not attack.over and not working.done():

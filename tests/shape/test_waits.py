@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncrl"
-PACKAGES = ("actor", "roles", "weights", "rewards", "run")
+PACKAGES = ("actor", "roles", "buffer", "engines", "train", "weights", "rewards", "run")
 WAITS = {"recv", "recv_multipart", "wait", "wait_for", "get", "put", "join", "acquire", "read", "readline"}
 """Methods, and functions of asyncio, that return when somebody else has done something."""
 WRITES = {"send": {"_desk", "_control", "link"}, "drain": {"stdin"}}
@@ -28,7 +28,7 @@ FOR_EVER = {
     "actor/base.py: _read_control: self._control.recv()",
     "actor/client.py: _read_desk: self._desk.recv()",
     "actor/supervisor.py: _read: self._link.recv()",
-    "roles/buffer.py: _read: self._link.recv()",
+    "roles/buffer.py: _read: self.door.server.recv()",
     # Of receivers of weights, who owe their publisher nothing.
     "weights/carriers/stream.py: serve: self._link.recv()",
     # An actor, and a run, live until they are told to leave; `Peers` ends the one, the watchdog the other.
@@ -51,14 +51,17 @@ FOR_EVER = {
 
 OF_OUR_OWN = {
     # Own samples end: each of them waits for an engine, or for an acknowledgement that has a deadline.
-    "roles/generator.py: _count_idle: self._idle.wait()",
-    "roles/generator.py: _credit: self._room.wait()",
+    "roles/generator.py: _count_idle: self.leased.idle.wait()",
+    "roles/generator.py: _credit: self.leased.room.wait()",
     "actor/reports.py: write: self._changed.wait()",
     # Getting ready: loading, and a welcome that has a deadline.
     "actor/base.py: _started: asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)",
     "actor/base.py: _drain: self._ready.wait()",
+    # Own decoding: the engine's thread ends every request, also when it fails.
+    "engines/embedded.py: generate: stream.get()",
+    "engines/scripted.py: _swap: self._idle.wait()",
     # Own training, on the compute thread.
-    "roles/trainer.py: _fetch: self._prepared.put((part.batch, part.recorded_digest, prepared))",
+    "train/deliveries.py: fetch: self._prepared.put(Job(part.batch, part.recorded_digest, prepared))",
     "weights/pushes.py: write: self._jobs.get()",
     # Whoever has a child gives it back at its own deadline.
     "rewards/sandbox.py: _child: self._free.get()",
@@ -90,6 +93,8 @@ BY_CALLER = {
     # Within the deadline and the name of the one function that calls it: `begin`, `fetch` (in the
     # generator's "weights"), `Child._receive` (in "import" and "reward").
     "actor/client.py: _first_answer: asyncio.wait([receiving], timeout=every_s)",
+    "engines/swap.py: _fetch: asyncio.wait((fetching, leaving), return_when=asyncio.FIRST_COMPLETED)",
+    "engines/swap.py: _fetch: asyncio.wait([fetching])",
     "weights/carriers/stream.py: run: link.recv()",
     "weights/carriers/stream.py: _ask: link.send(request)",
     "rewards/process.py: _read: self._process.stdout.read(READ_BYTES)",

@@ -33,8 +33,7 @@ async def test_a_draining_generator_gives_no_credit_whoever_asks_for_it(tmp_path
     assert [m.samples for m, _ in role.restate(welcome) if isinstance(m, Want)] == [role.capacity]
     await role.drain()
     assert [m.samples for m, _ in role.restate(welcome) if isinstance(m, Want)] == [0]
-    role._freed = (3, 100)
-    role._room.set()
+    role.leased._free(3, 100)
     crediting = asyncio.create_task(role._credit())
     async with asyncio.timeout(5):
         want = await said.get()

@@ -1,0 +1,66 @@
+"""What a trainer has told the buffer that has to be committed: kept until it is.
+
+A buffer that died may have lost it, so the role says all of `unsaid` again to one that comes back; it takes
+nothing twice. What is told, and when, is the role's to decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractAsyncContextManager
+
+import msgspec
+
+from asyncrl.actor.client import DeskActor, Statement
+from asyncrl.actor.waiting import awaiting, deadline_of
+from asyncrl.messages.control import Committed, Published, Saved, Trained
+
+
+class Promises:
+    """See the module's docstring."""
+
+    def __init__(self, actor: DeskActor) -> None:
+        self._actor = actor
+        self._unsaid: dict[tuple[str, int], Statement] = {}
+        """Trained batches, versions and checkpoints that are not committed, in the order they were told."""
+        self._committed: dict[tuple[str, int], asyncio.Event] = {}
+
+    @property
+    def unsaid(self) -> list[Statement]:
+        """Whatever is not committed, in the order it was told."""
+        return list(self._unsaid.values())
+
+    async def promise(self, message: Trained | Published | Saved, *more: msgspec.Struct) -> None:
+        """Tell what has to be committed, and `more` with it; it is said again until it is."""
+        match message:
+            case Trained():
+                key = ("trained", message.batch)
+            case Published():
+                key = ("version", message.manifest.version)
+            case Saved():
+                key = ("checkpoint", message.rollout_step)
+        self._unsaid[key] = (message, ())
+        await self._actor.say((message, ()), *((other, ()) for other in more))
+
+    def heard(self, message: Committed) -> None:
+        """The buffer has committed something."""
+        self._unsaid.pop((message.what, message.number), None)
+        self.committed(message.what, message.number).set()
+
+    def committed(self, what: str, number: int) -> asyncio.Event:
+        """Set once this is committed: a "trained" batch, a "version" or a "checkpoint", by its number."""
+        return self._committed.setdefault((what, number), asyncio.Event())
+
+    def patience(self, name: str, what: str) -> AbstractAsyncContextManager[None]:
+        """A wait of the train loop for the buffer; one that restarts meanwhile hears what it has to know.
+
+        Raises StalledError when the block takes longer than `actor.waiting.deadline_of`.
+        """
+        return awaiting(
+            self._actor.waits,
+            name,
+            who=self._actor.name,
+            what=what,
+            deadline_s=deadline_of(self._actor.plan.topology.run),
+            advice="see the buffer's log, or raise run.stall_s; `asyncrl launch --resume RUN` goes on",
+        )
