@@ -278,6 +278,8 @@ class Actor:
         if self.state == "starting":
             self.state = "running"
         self._ready.set()
+        # From now on it is missed when it is silent.
+        await self._telemetry([])
         for message in self._early:
             await self.on_control(message)
         return True

@@ -174,15 +174,15 @@ class Roster:
         for member in self.present():
             member.heard_at += max(0.0, stood_still)
             silence = now - member.heard_at
-            if member.name not in stopped:
-                member.stopped_at = None
+            reports = member.beats and not member.said_why
+            if member.name not in stopped or reports:
+                member.stopped_at = None  # who reports is missed when it is silent
             elif member.stopped_at is None:
                 member.stopped_at = now
             else:
                 member.stopped_at += max(0.0, stood_still)
             if not member.health.alive:
                 continue
-            reports = member.beats and not member.said_why
             if reports:
                 member.health.silent(now, seconds=silence, suspect_after_s=SUSPECT_HEARTBEATS * heartbeat_s)
             stopped_s = now - member.stopped_at if member.stopped_at is not None else 0.0

@@ -96,8 +96,8 @@ class Watch:
         for member, silence in silent:
             if self._kill(member.name):
                 member.killed_for = "silence"
-                how = "stopped (SIGSTOP)" if member.stopped_at is not None else "silent"
-                member.last_words = f"{how} for {silence:.1f} s (run.dead_after_s = {limit:g})"
+                how = ", stopped by a signal" if member.stopped_at is not None else ""
+                member.last_words = f"silent for {silence:.1f} s{how} (run.dead_after_s = {limit:g})"
         self._cull(now)
         changed = [member for member in self._roster.members.values() if self._noticed(member)]
         if changed:

@@ -60,10 +60,10 @@ class Loader(Actor):
 class Played:
     """An actor that loads, and its supervisor, played by hand."""
 
-    def __init__(self, directory: Path, *, keeps: bool) -> None:
+    def __init__(self, directory: Path, *, keeps: bool, heartbeat_s: float) -> None:
         hub = Hub()
         plan = make_plan()
-        run = msgspec.structs.replace(plan.topology.run, heartbeat_s=0.02)
+        run = msgspec.structs.replace(plan.topology.run, heartbeat_s=heartbeat_s)
         plan = msgspec.structs.replace(plan, topology=msgspec.structs.replace(plan.topology, run=run))
         (directory / "metrics").mkdir()
         self.link: ServerLink = bind("memory://control", receives=ToSupervisor, hub=hub)
@@ -94,9 +94,9 @@ class Played:
 
 
 @asynccontextmanager
-async def played(directory: Path, *, keeps: bool = False) -> AsyncIterator[Played]:
+async def played(directory: Path, *, keeps: bool = False, heartbeat_s: float = 0.02) -> AsyncIterator[Played]:
     """One that has said hello and loads."""
-    world = Played(directory, keeps=keeps)
+    world = Played(directory, keeps=keeps, heartbeat_s=heartbeat_s)
     try:
         await world.hear(Hello)
         yield world
@@ -128,6 +128,14 @@ async def test_it_leaves_without_having_loaded(tmp_path: Path, message: msgspec.
         assert (await world.hear(Exiting)).code == code
         assert await world.ended() == code
     assert world.actor.told == ["closed"]
+
+
+async def test_it_says_at_once_that_it_is_ready(tmp_path: Path) -> None:
+    """Fails when that waits for the next heartbeat: who hangs before it would count as loading."""
+    async with played(tmp_path, heartbeat_s=60.0) as world:
+        assert await world.state() == "starting"
+        world.actor.loaded.set()
+        assert await world.state() == "running"
 
 
 async def test_what_others_hand_back_to_is_not_gone_before_it_is_ready(tmp_path: Path) -> None:

@@ -170,6 +170,16 @@ def test_one_that_is_stopped_loads_nothing(*, attached: bool) -> None:
     assert [now for now, names in looks.items() if names] == ([] if attached else [9.5])
 
 
+def test_one_that_reports_is_missed_by_its_silence_alone() -> None:
+    """Fails when a stand-still that it has reported after counts together with the next one."""
+    roster = Roster(max_restarts=1)
+    roster.join("g", "generator", "a", now=0.0)
+    roster.heard("g", 0.0)
+    assert [silent(roster, n / 2, stopped="g") for n in range(6)] == [[]] * 6
+    roster.heard("g", 2.6)
+    assert [n / 2 for n in range(6, 20) if silent(roster, n / 2, stopped="g")] == [6.0]
+
+
 def test_a_stopped_one_is_not_charged_for_the_time_in_which_the_supervisor_stood_still() -> None:
     roster = Roster(max_restarts=1)
     roster.join("g", "generator", "a", now=0.0)
