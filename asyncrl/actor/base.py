@@ -269,7 +269,8 @@ class Actor:
             for task in (starting, leaving):
                 task.cancel()
             await asyncio.gather(starting, leaving, return_exceptions=True)
-        return not starting.cancelled() and starting.result()
+        # Also when both happen at once: loops that never run are never awaited.
+        return not starting.cancelled() and starting.result() and not self.leaving
 
     async def _start(self) -> bool:
         await self.open()

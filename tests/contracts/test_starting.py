@@ -130,6 +130,20 @@ async def test_it_leaves_without_having_loaded(tmp_path: Path, message: msgspec.
     assert world.actor.told == ["closed"]
 
 
+async def test_one_that_is_told_to_leave_as_it_becomes_ready_runs_no_loop(tmp_path: Path) -> None:
+    """Fails (a coroutine is never awaited) when the loops are made for one that leaves."""
+    async with played(tmp_path) as world:
+        actor = world.actor
+
+        async def ready() -> None:
+            actor.leave(ExitCode.DRAINED)
+
+        actor.ready = ready  # type: ignore[method-assign]
+        actor.loops = lambda: [asyncio.sleep(0)]  # type: ignore[method-assign]
+        actor.loaded.set()
+        assert await world.ended() == ExitCode.DRAINED
+
+
 async def test_it_says_at_once_that_it_is_ready(tmp_path: Path) -> None:
     """Fails when that waits for the next heartbeat: who hangs before it would count as loading."""
     async with played(tmp_path, heartbeat_s=60.0) as world:
