@@ -64,8 +64,10 @@ class Serving(Part):
         """Versions that could not be served, each attempt counted."""
 
     def announce(self, manifest: Manifest) -> None:
-        """This is the newest version."""
+        """This version is to be served, unless a newer one has overtaken its announcement."""
         old = self._announced
+        if old is not None and (manifest.version, manifest.incarnation) < (old.version, old.incarnation):
+            return  # leases come for the newer one: no token may be of an older one
         if old is not None and (old.version == manifest.version or old.address != manifest.address):
             self._moved.set()
         self._announced, self._announced_at = manifest, time.monotonic()
