@@ -123,15 +123,18 @@ class DeskActor(Actor):
         await self.on_welcome(self._welcome)
 
     async def _first_answer(self, desk: ClientLink) -> Welcome:
-        """The welcome; a desk that dies meanwhile is greeted again when it is back."""
+        """The welcome; a desk that dies meanwhile, or that does not answer, is greeted again."""
         receiving = asyncio.ensure_future(desk.recv())
         every_s = self.plan.topology.run.heartbeat_s
+        self._greeted_at, patience_s = time.monotonic(), HELLO_AGAIN_S
         try:
             while True:
                 if not (await asyncio.wait([receiving], timeout=every_s))[0]:
-                    if desk.cuts > self._cuts:
+                    late = time.monotonic() - self._greeted_at > patience_s
+                    if late or desk.cuts > self._cuts:
                         # Our hello or its answer may be lost; a desk that has the hello will not ask for it.
-                        self._cuts = desk.cuts
+                        # Only the last hello's answer counts: to a slow desk the next one is said later.
+                        self._greeted, self._cuts, patience_s = "", desk.cuts, 2 * patience_s
                         await self._greet("unknown")
                     continue
                 message = receiving.result().message

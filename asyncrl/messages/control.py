@@ -114,7 +114,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     version: CountOrNone = -1
     incarnation: Count = 0
     asks: bool = False
-    """Whether to answer with `Alive`. One that does not read yet does not ask: answers would pile up."""
+    """Whether to answer: with `Alive`, or with `Finish` once that is so. One that does not read yet does not
+    ask: answers would pile up."""
 
 
 class Alive(Message, frozen=True, kw_only=True):

@@ -112,7 +112,9 @@ class BufferRole(Actor):
             await self.door.expel(worker, str(error), now)
             return
         if isinstance(message, control.Heartbeat) and message.asks:
-            await self.door.answer(peer, control.Alive())
+            # Whoever has missed the end hears it with its next heartbeat; it is told once it is committed.
+            end = control.Finish(reason="the run has finished")
+            await self.door.answer(peer, end if self._told_end else control.Alive())
         if isinstance(message, control.Want):
             self.executor.credit(message, peer=peer)
 

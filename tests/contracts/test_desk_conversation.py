@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from asyncrl.actor import client
 from asyncrl.actor.base import Context
 from asyncrl.actor.client import DeskActor, Statement
 from asyncrl.link import Hub, bind
@@ -165,4 +166,28 @@ async def test_a_desk_that_dies_before_the_first_welcome_is_greeted_again(tmp_pa
     await played.tell(Refused(reason="a newer life of r has taken its place"))
     with pytest.raises(Exception, match="a newer life of r"):
         await played.task
+    await played.link.close()
+
+
+async def test_a_first_hello_that_nobody_answers_is_said_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when only a lost connection has it said again: hello and welcome can vanish on a living one."""
+    monkeypatch.setattr(client, "HELLO_AGAIN_S", 0.05)
+    played = Played(tmp_path)
+    began = asyncio.get_running_loop().time()
+    first, second, third = [await played.hear() for _ in range(3)]
+    assert [type(hello) for hello in (first, second, third)] == [Hello, Hello, Hello]
+    assert [hello.number for hello in (first, second, third)] == [0, 1, 2]
+    assert asyncio.get_running_loop().time() - began > 0.05 + 0.1, "a slow desk is given more time each time"
+    # What a slow desk says to a hello that was said again is not for now: it has still to read the last one.
+    await played.welcome("one", first)
+    await played.beat()
+    assert not played.worker.is_ready
+    await played.welcome("one", third)
+    await played.worker.to_say.put(1)
+    assert [await played.hear(), await played.hear()] == [seen(1), Want(kind=Kind.SCORE, samples=1)]
+    await played.tell(Finish(reason="enough"))
+    assert isinstance(await played.hear(), Goodbye)
+    await played.task
     await played.link.close()

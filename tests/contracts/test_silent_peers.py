@@ -209,24 +209,57 @@ async def test_the_rest_of_a_batch_is_owed(tmp_path: Path, monkeypatch: pytest.M
                 await at.task
 
 
-async def test_the_real_peers_answer(tmp_path: Path) -> None:
+class Cluster:
+    """A worker between the real buffer and the real supervisor."""
+
+    def __init__(self, place: Path) -> None:
+        hub, plan = Hub(), plan_of()
+        self.supervisor = Supervisor(plan, launcher=None, run_dir=place, address="")  # type: ignore[arg-type]
+        self.supervisor._link = bind("memory://control", receives=ToSupervisor, hub=hub)
+        for name, role in (("buffer", "buffer"), ("r", "reward")):
+            self.supervisor.roster.join(name, role, "life")
+        self.supervising = asyncio.create_task(self.supervisor._read())
+        self.buffer = BufferRole(context_of(place, hub, "buffer", "buffer", plan))
+        self.worker = impatient(Worker(context_of(place, hub, "r", "reward", plan)))
+        self.living = asyncio.create_task(impatient(self.buffer).run())
+        self.working = asyncio.create_task(self.worker.run())
+
+    async def close(self) -> None:
+        """The end, of whatever still lives."""
+        self.supervising.cancel()
+        self.worker.leave()
+        self.buffer.leave()
+        await asyncio.wait([self.supervising, self.working, self.living])
+        await self.supervisor._link.close()
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    """All three at work."""
+    made = Cluster(tmp_path)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def test_the_real_peers_answer(cluster: Cluster) -> None:
     """A worker lives between the real buffer and the real supervisor, and not without either's answers."""
-    hub, plan = Hub(), plan_of()
-    supervisor = Supervisor(plan, launcher=None, run_dir=tmp_path, address="")  # type: ignore[arg-type]
-    supervisor._link = bind("memory://control", receives=ToSupervisor, hub=hub)
-    for name, role in (("buffer", "buffer"), ("r", "reward")):
-        supervisor.roster.join(name, role, "life")
-    reading = asyncio.create_task(supervisor._read())
-    buffer = impatient(BufferRole(context_of(tmp_path, hub, "buffer", "buffer", plan)))
-    worker = impatient(Worker(context_of(tmp_path, hub, "r", "reward", plan)))
-    living = asyncio.create_task(buffer.run())
-    working = asyncio.create_task(worker.run())
-    assert not (await asyncio.wait([living, working], timeout=LONG_S))[0]
-    worker.leave()
-    await asyncio.wait([working])
-    reading.cancel()
+    assert not (await asyncio.wait([cluster.living, cluster.working], timeout=LONG_S))[0]
+    cluster.worker.leave()
+    await asyncio.wait([cluster.working])
+    cluster.supervising.cancel()
     with pytest.raises(StalledError, match=r"^buffer: the supervisor was silent"):
         async with asyncio.timeout(WITHIN_S):
-            await living
-    await asyncio.wait([reading])
-    await supervisor._link.close()
+            await cluster.living
+
+
+async def test_who_has_not_heard_the_end_hears_it_with_its_next_heartbeat(cluster: Cluster) -> None:
+    """Fails when every heartbeat of a finished run is answered with Alive: the word can vanish."""
+    assert not (await asyncio.wait([cluster.living, cluster.working], timeout=LIMIT_S))[0]
+    # As the pump ends a run, except for the Finish, which has vanished.
+    cluster.buffer.ledger.finished = True
+    cluster.buffer.ledger.book.row("meta", "target", 0)
+    cluster.buffer._changed.set()
+    async with asyncio.timeout(WITHIN_S):
+        assert await cluster.working is ExitCode.FINISHED

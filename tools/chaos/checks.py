@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from asyncrl.actor.supervisor import FINISH_DEADLINE_S
 from asyncrl.buffer.audit import audit
 from asyncrl.errors import AsyncrlError, ExitCode
 from asyncrl.run.replay import Replay
@@ -221,10 +220,8 @@ def _read_books(course: Course, outcome: Outcome) -> None:
         last = _one(db, "select max(ended) from trained")
         slow = course.launches[-1].ended - float(last or 0.0)
         clocks = any(order.action == "clock" for order in course.case.orders)
-        # Where the word that the run ends may have vanished, the supervisor gives its members their time.
-        bound = END_S + (FINISH_DEADLINE_S if course.case.expect == "finish or stall" else 0.0)
-        if last and slow > bound and not clocks and len(course.launches) == 1:
-            outcome.problems.append(f"the launch ended {slow:.1f} s after the last batch, bound {bound:g} s")
+        if last and slow > END_S and not clocks and len(course.launches) == 1:
+            outcome.problems.append(f"the launch ended {slow:.1f} s after the last batch, bound {END_S:g} s")
     db.close()
     counts = (
         (outcome.lost, "groups were not trained"),
