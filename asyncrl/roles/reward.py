@@ -21,12 +21,12 @@ from asyncrl.messages.control import Acks, Hello, Kind, Lease, Leases, Welcome
 from asyncrl.messages.parts import leased_bytes, unpack
 from asyncrl.messages.sample import Sample
 from asyncrl.obs.vitals import Facts
-from asyncrl.rewards.base import RewardFailure, RewardSpec
+from asyncrl.rewards.base import RewardFailure
 from asyncrl.rewards.held import Held
 from asyncrl.rewards.results import scores_of, verdict_of
 from asyncrl.rewards.sandbox import Sandbox
+from asyncrl.rewards.spec import reward_spec
 from asyncrl.rewards.teacher import Teacher
-from asyncrl.topology.flat import flat_options
 from asyncrl.topology.plan import Plan
 from asyncrl.topology.schema import RewardConfig
 
@@ -168,21 +168,3 @@ def _teacher(plan: Plan, table: RewardConfig) -> Teacher | None:
         return None
     temperature = plan.topology.rollout.rollout_temperature
     return Teacher(table.teacher_url, temperature=temperature, timeout_s=table.timeout_s)
-
-
-def reward_spec(plan: Plan, index: int) -> RewardSpec:
-    """What the children of a [[reward]] table are told."""
-    table, rollout = plan.topology.reward[index], plan.topology.rollout
-    return RewardSpec(
-        use=table.use,
-        rm_url=table.rm_url,
-        reward_key=table.reward_key,
-        eval_reward_key=table.eval_reward_key,
-        group_rm=table.group_rm,
-        custom_config_path=plan.topology.run.custom_config_path,
-        dynamic_sampling_filter_path=rollout.dynamic_sampling_filter_path,
-        buffer_filter_path=rollout.buffer_filter_path,
-        rollout_sample_filter_path=rollout.rollout_sample_filter_path,
-        options=flat_options(plan.topology, reward=index),
-        search_paths=["."],
-    )

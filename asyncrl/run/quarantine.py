@@ -25,7 +25,7 @@ from asyncrl.messages.sample import Lane, Sample, Score, Settled
 from asyncrl.rewards.base import RewardFailure, Verdict, check_group, normalise
 from asyncrl.rewards.judge import Judge
 from asyncrl.rewards.sandbox import Sandbox
-from asyncrl.roles.reward import reward_spec
+from asyncrl.rewards.spec import reward_spec
 from asyncrl.run.rescore import as_generated
 from asyncrl.run.rundir import is_live, read_plan
 from asyncrl.topology.plan import Plan

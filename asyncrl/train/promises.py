@@ -24,6 +24,7 @@ class Promises:
         self._unsaid: dict[tuple[str, int], Statement] = {}
         """Trained batches, versions and checkpoints that are not committed, in the order they were told."""
         self._committed: dict[tuple[str, int], asyncio.Event] = {}
+        """One for each of them."""
 
     @property
     def unsaid(self) -> list[Statement]:
@@ -40,16 +41,25 @@ class Promises:
             case Saved():
                 key = ("checkpoint", message.rollout_step)
         self._unsaid[key] = (message, ())
+        self._committed[key] = asyncio.Event()
         await self._actor.say((message, ()), *((other, ()) for other in more))
 
     def heard(self, message: Committed) -> None:
         """The buffer has committed something."""
-        self._unsaid.pop((message.what, message.number), None)
-        self.committed(message.what, message.number).set()
+        key = (message.what, message.number)
+        self._unsaid.pop(key, None)
+        if (event := self._committed.pop(key, None)) is not None:
+            event.set()
 
-    def committed(self, what: str, number: int) -> asyncio.Event:
-        """Set once this is committed: a "trained" batch, a "version" or a "checkpoint", by its number."""
-        return self._committed.setdefault((what, number), asyncio.Event())
+    async def committed(self, what: str, number: int) -> None:
+        """Until the buffer has committed what was promised: a "checkpoint", say, by its number.
+
+        Raises StalledError where `patience` does.
+        """
+        if (event := self._committed.get((what, number))) is None:
+            return
+        async with self.patience(what, f"the buffer to commit {what} {number}"):
+            await event.wait()
 
     def patience(self, name: str, what: str) -> AbstractAsyncContextManager[None]:
         """A wait of the train loop for the buffer; one that restarts meanwhile hears what it has to know.

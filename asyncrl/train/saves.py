@@ -51,8 +51,7 @@ class Saves:
             await self._promises.promise(
                 Saved(rollout_step=at, incarnation=incarnation, path=str(path), step=step)
             )
-        async with self._promises.patience("checkpoint", f"the buffer to commit checkpoint {at}"):
-            await self._promises.committed("checkpoint", at).wait()
+        await self._promises.committed("checkpoint", at)
         self._saved = at
         # Older ones go only now that the buffer knows the new one.
         keep = actor.plan.topology.trainer.keep_checkpoints

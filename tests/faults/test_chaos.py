@@ -32,13 +32,15 @@ SLICE = (
     "supervisor: kill mid-run",
     "all: lost, trainer batch delivered, not trained",
     "generator: lose receive:Welcome",
+    "generator: drop receive:Welcome",
+    "trainer: drop receive:Finish",
     "generator: stop mid-attach, before welcome",
     "trainer: kill the run ends",
     "all: corrupted page",
     "buffer: disk full at sent:Leases",
 )
-"""One death per role, all at once, a lost connection, one stopped on its way in, an end without a trainer,
-a damaged and a full disk."""
+"""One death per role, all at once, a lost connection, the first and the last word vanished, one stopped on
+its way in, an end without a trainer, a damaged and a full disk."""
 
 
 def start(place: Path, *arguments: str) -> Job:
