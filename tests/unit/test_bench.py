@@ -69,6 +69,15 @@ def test_the_machine_is_told_without_importing_what_is_measured() -> None:
     assert report.versions(["no-such-distribution"]) == {"no-such-distribution": "missing"}
 
 
+def test_a_missing_model_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["faults", "--model", str(tmp_path / "none")])
+    assert "none holds no model; make one with `python tools/make_tiny_model.py" in capsys.readouterr().err
+    command.check_model(command.parse(["buffer", "--model", str(tmp_path / "none")]))
+
+
 @pytest.mark.parametrize("name", command.NAMES)
 def test_every_benchmark_has_a_quick_path(name: str) -> None:
     given = command.parse([name, "--quick"])

@@ -19,6 +19,7 @@ from tools.bench.report import Options, Section
 
 NAMES = ("engine", "buffer", "faults", "overlap", "job", "seeds", "cli", "logprobs", "options")
 """In the order in which they run."""
+TAKE_THE_MODEL = frozenset({"faults", "overlap", "job", "cli", "options"})
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -49,9 +50,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def check_model(given: argparse.Namespace) -> None:
+    """Leave with exit code 2 where one of them takes a model and there is none."""
+    if TAKE_THE_MODEL.intersection(given.names) and not (given.model / "config.json").is_file():
+        arguments().error(
+            f"--model: {given.model.resolve()} holds no model; "
+            "make one with `python tools/make_tiny_model.py --out tiny_model`, or give another"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run them; returns 1 when one could not be run. A target that is missed is a result, not a failure."""
     given = parse(sys.argv[1:] if argv is None else argv)
+    check_model(given)
     machine = report.machine()
     print("  ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     code = 0
