@@ -4,34 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from asyncrl.errors import ConfigError
-from asyncrl.topology import load, words
+from asyncrl.topology import words
 from asyncrl.topology.algorithm import AlgorithmConfig, rejection_bounds
-from asyncrl.topology.plan import Plan, compile_plan
-
-BASE = """
-[run]
-num_rollout = 10
-[source]
-prompt_data = "p.jsonl"
-[rollout]
-rollout_batch_size = 32
-n_samples_per_prompt = 8
-max_staleness = 2
-[trainer]
-hf_checkpoint = "m"
-"""
-
-
-def compiled(*overrides: str) -> Plan:
-    return compile_plan(load.parse(BASE, overrides, source="t.toml"))
-
-
-def refused(*overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        compiled(*overrides)
-    return list(caught.value.problems)
-
+from tests.support.topologies import compiled, refused
 
 PPO = "advantage_estimator=ppo"
 PLUS_PLUS = "advantage_estimator=reinforce_plus_plus"

@@ -8,28 +8,12 @@ from hypothesis import strategies as st
 
 from asyncrl.engines import session
 from asyncrl.messages.sample import Lane, Prompt, Sample, pack_tokens
-from asyncrl.topology import load
-from asyncrl.topology.plan import Plan, compile_plan
 from asyncrl.topology.progress import UNDER_WAY, hand_ins
 from asyncrl.topology.ranges import RANGES
 from asyncrl.topology.schema import RolloutConfig
+from tests.support.topologies import compiled
 
-BASE = """
-[run]
-num_rollout = 10
-[source]
-prompt_data = "p.jsonl"
-[rollout]
-rollout_batch_size = 4
-n_samples_per_prompt = 2
-[trainer]
-hf_checkpoint = "m"
-"""
 SAMPLE = Sample(group_id=3, index=1, prompt=Prompt(tokens=pack_tokens([1, 2])), lane=Lane.TRAIN)
-
-
-def plan(*overrides: str) -> Plan:
-    return compile_plan(load.parse(BASE, overrides, source="t.toml"))
 
 
 @given(
@@ -59,6 +43,6 @@ def test_an_engine_is_asked_for_hand_ins_at_half_the_interval(
     tokens: int, seconds: str, asked: tuple[int, float]
 ) -> None:
     """Fails where the interval itself is asked for: the two hand-ins under way would cost two of them."""
-    options = plan(f"progress_every_tokens={tokens}", f"progress_every_s={seconds}")
+    options = compiled(f"progress_every_tokens={tokens}", f"progress_every_s={seconds}")
     request = session.request_for(options, SAMPLE, uid="1.1")
     assert (request.progress_every_tokens, request.progress_every_s) == asked

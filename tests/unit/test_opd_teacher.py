@@ -25,9 +25,10 @@ from asyncrl.rewards.base import FailureKind, RewardFailure, RewardSpec, normali
 from asyncrl.rewards.judge import Judge
 from asyncrl.rewards.sandbox import Sandbox
 from asyncrl.rewards.teacher import Teacher
-from asyncrl.topology import load, words
-from asyncrl.topology.plan import Plan, compile_plan
+from asyncrl.topology import words
+from asyncrl.topology.plan import Plan
 from asyncrl.train.torch import TorchBackend
+from tests.support import topologies
 from tests.support.inside import run_inside
 from tests.train_support import make_groups, make_plan, make_sample, write_model
 
@@ -378,9 +379,7 @@ URL = "reward.teacher_url=http://teacher:30000"
 
 
 def compiled(*overrides: str, tables: str = "[[reward]]") -> Plan:
-    base = f'[source]\nprompt_data = "p"\n[run]\nnum_rollout = 9\n{tables}\n'
-    rest = '[rollout]\nrollout_batch_size = 8\nn_samples_per_prompt = 4\n[trainer]\nhf_checkpoint = "m"\n'
-    return compile_plan(load.parse(base + rest, overrides, source="t.toml"))
+    return topologies.compiled(*overrides, tables=tables)
 
 
 @pytest.mark.parametrize(

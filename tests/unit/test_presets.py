@@ -14,30 +14,15 @@ from asyncrl.errors import ConfigError
 from asyncrl.topology import catalogue, load, words
 from asyncrl.topology.plan import Plan, compile_plan
 from asyncrl.topology.presets import PRESETS, REPLACED, flags_of, shown
-
-BASE = """
-[run]
-num_rollout = 10
-[source]
-prompt_data = "p.jsonl"
-[rollout]
-rollout_batch_size = 32
-n_samples_per_prompt = 8
-max_staleness = 2
-rollout_max_response_len = 300
-[trainer]
-hf_checkpoint = "m"
-"""
+from tests.support import topologies
 
 
 def compiled(algorithm: str, *overrides: str) -> Plan:
-    return compile_plan(load.parse(f"{BASE}\n[algorithm]\n{algorithm}\n", overrides, source="t.toml"))
+    return topologies.compiled("rollout_max_response_len=300", *overrides, tables=f"[algorithm]\n{algorithm}")
 
 
 def refused(algorithm: str, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        compiled(algorithm, *overrides)
-    return list(caught.value.problems)
+    return topologies.problems("rollout_max_response_len=300", *overrides, tables=f"[algorithm]\n{algorithm}")
 
 
 def changed(plan: Plan) -> dict[str, Any]:

@@ -8,38 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncrl.errors import ConfigError
-from asyncrl.topology import batch, load, words
-from asyncrl.topology.plan import Plan, compile_plan, with_prompts
+from asyncrl.topology import batch, words
+from asyncrl.topology.plan import Plan, with_prompts
 from asyncrl.topology.ranges import RANGES
-from asyncrl.topology.schema import Topology
-
-BASE = """
-[run]
-num_rollout = 10
-[source]
-prompt_data = "p.jsonl"
-[rollout]
-rollout_batch_size = 32
-n_samples_per_prompt = 8
-max_staleness = 2
-[trainer]
-hf_checkpoint = "m"
-"""
-
-
-def topology(*overrides: str) -> Topology:
-    return load.parse(BASE, overrides, source="t.toml")
-
-
-def compiled(*overrides: str) -> Plan:
-    return compile_plan(topology(*overrides))
-
-
-def refused(*overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        compile_plan(topology(*overrides), source="t.toml")
-    assert all(problem.startswith("t.toml: ") for problem in caught.value.problems)
-    return [problem.removeprefix("t.toml: ") for problem in caught.value.problems]
+from tests.support.topologies import compiled, refused, topology
 
 
 def test_tickets_are_the_staleness_bound_in_groups() -> None:
