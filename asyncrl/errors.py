@@ -67,6 +67,12 @@ class StorageError(RunError):
     """The ledger or a body could not be written or read back."""
 
 
+class DamagedError(StorageError):
+    """What was written and synced is not there any more as it was: reading it again would find the same."""
+
+    final = True
+
+
 class ProtocolError(RunError):
     """A peer speaks another protocol or breaks ours."""
 

@@ -34,8 +34,8 @@ class LedgerConfig(msgspec.Struct, frozen=True, kw_only=True):
     eval_interval: int | None = None
     skip_eval_before_train: bool = False
     eval_share: float = 0.5
-    update_weights_interval: int = 0
-    """Rollout steps between versions, for noticing that one was left out; 0: not known."""
+    update_weights_interval: int = 1
+    """Rollout steps between versions, for noticing that one was left out."""
     prompt_lead: int = 0
     """Fresh groups kept at the desk beyond those outstanding; 0: one batch."""
 

@@ -39,7 +39,8 @@ class Executor:
         """Open the store, and rebuild the ledger from what it holds. Raises StorageError."""
         options = self._actor.plan.topology.buffer
         self._store = Store(self._actor.context.run_dir, segment_bytes=options.segment_bytes)
-        restore(self._ledger, self._members, self._store)
+        with self._store.reading():
+            restore(self._ledger, self._members, self._store)
         self._courier = Courier(self._store, window_bytes=options.window_bytes)
 
     @property
@@ -78,8 +79,14 @@ class Executor:
             evaluator: looked up by the event loop, as this thread may not read what that changes meanwhile.
 
         Raises:
-            StorageError: nothing was committed, or bodies cannot be read; nothing may leave.
+            StorageError: nothing was committed, or it cannot be read; nothing may leave.
         """
+        with self.store.reading():
+            return self._execute(transaction, evaluator)
+
+    def _execute(
+        self, transaction: Transaction, evaluator: WorkerRecord | None
+    ) -> list[tuple[Outgoing, list[bytes]]]:
         came, self._came = self._came, []
         for peer in came:
             self.courier.forget(peer)

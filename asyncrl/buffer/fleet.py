@@ -30,7 +30,7 @@ class Fleet:
         before = self.find(hello.name, hello.incarnation)
         if before is not None and before.peer != peer:
             self.workers.pop(before.peer, None)
-        worker = WorkerRecord(peer, hello.name, hello.role, hello.incarnation, self.steady)
+        worker = WorkerRecord(peer, hello.name, hello.role, hello.incarnation, self.steady, hello.number)
         worker.leases = {
             lease.fence
             for lease in self.leases.values()

@@ -8,6 +8,7 @@ from asyncrl.buffer import deaths
 from asyncrl.buffer.blame import Blame
 from asyncrl.buffer.ledger import TICK_S, Ledger
 from asyncrl.buffer.states import WorkerRecord, parts_of, size_of
+from asyncrl.errors import ProtocolError
 from asyncrl.messages.control import (
     Committed,
     Finish,
@@ -27,6 +28,9 @@ from asyncrl.messages.control import (
 )
 from asyncrl.messages.sample import Lane, Settled
 
+HELLOS_IN_VAIN = 16
+"""How often an actor may state all it has to tell without telling what is missed."""
+
 
 class Members:
     """See the module's docstring."""
@@ -41,12 +45,16 @@ class Members:
         """Number of the trainer's present life."""
         self.trainer_life = ""
         """Its process's own incarnation."""
+        self.trainer_start = 0
+        """Rollout steps in the weights that it started with: the first version it may publish."""
         self.checkpoints: dict[int, str] = {}
         """Rollout step -> directory of the newest committed checkpoint there."""
         self.newest: dict[str, str] = {}
         """Name -> incarnation of its newest life."""
         self.past: set[tuple[str, str]] = set()
         """(name, incarnation) of lives that a newer one has replaced: whatever they say changes nothing."""
+        self._missed: dict[str, tuple[tuple[str, int, int, int], int]] = {}
+        """By name: where the run stood when words were missed first, and hellos said by then."""
 
     def live(self, name: str, incarnation: str) -> None:
         """A life begins; the one before it, if it was another, is past."""
@@ -127,7 +135,7 @@ class Members:
         step = max(self.checkpoints, default=0)
         if worker.incarnation != self.trainer_life:
             self.incarnation += 1
-            self.trainer_life = worker.incarnation
+            self.trainer_life, self.trainer_start = worker.incarnation, step
             self._rewind(step)
             row = (self.incarnation, worker.incarnation, self.checkpoints.get(step, ""), step, now)
             ledger.book.row("incarnation", *row)
@@ -203,7 +211,23 @@ class Members:
         return [worker.name for worker in silent] + [name for name, _ in absent]
 
     def ask_again(self, worker: WorkerRecord) -> None:
-        """Words of its own were lost: it says hello, and then states everything anew."""
+        """Words of its own were lost: it says hello, and then states everything anew.
+
+        Raises ProtocolError where that has changed nothing again and again: it has not got what is missed.
+        """
+        published = self.ledger.versions.published
+        point = (
+            worker.incarnation, self.ledger.book.next_group, self.ledger.batches.num_trained,
+            published.version if published else -1,
+        )  # fmt: skip
+        stood, hellos = self._missed.get(worker.name, (None, 0))
+        if stood != point:
+            self._missed[worker.name] = (point, worker.hellos)
+        elif worker.hellos - hellos > HELLOS_IN_VAIN:
+            raise ProtocolError(
+                f"after {HELLOS_IN_VAIN} hellos it still leaves out what follows the newest here: "
+                f"{point[1]} groups, {point[2]} batches trained, version {point[3]}"
+            )
         self.ledger.book.send(worker.peer, HelloAgain(desk=self.life))
 
     # The trainer.
@@ -216,14 +240,15 @@ class Members:
         Args:
             worker: the trainer's present life.
             steps: batches that have to be trained before this can be true.
-            version: it tells of a version, and none may be left out.
+            version: it tells of a version, and none may be left out, except what the life before it had not
+                published yet when it died: this one begins with its checkpoint.
         """
         ledger = self.ledger
         lost = steps > ledger.batches.num_trained
-        if version and ledger.config.update_weights_interval:
+        if version:
             old = ledger.versions.published
             latest = 0 if old is None else old.version + ledger.config.update_weights_interval
-            lost = lost or steps > latest
+            lost = lost or steps > max(latest, self.trainer_start)
         if lost:
             self.ask_again(worker)
         return lost

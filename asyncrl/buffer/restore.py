@@ -81,9 +81,9 @@ def _restore_training(ledger: Ledger, members: Members, db: sqlite3.Connection) 
     row = db.execute("select max(incarnation) from incarnations").fetchone()
     members.incarnation = row[0] or 0
     if members.incarnation:
-        members.trainer_life = db.execute(
-            "select process from incarnations where incarnation = ?", (members.incarnation,)
-        ).fetchone()[0]
+        members.trainer_life, members.trainer_start = db.execute(
+            "select process, rollout_step from incarnations where incarnation = ?", (members.incarnation,)
+        ).fetchone()
     # The groups of a batch are trained all at once: the first one tells.
     for batch, groups, samples, tokens, trained in db.execute(
         "select b.batch, b.num_groups, b.num_samples, b.num_tokens, g.reason = 'trained' from batches b"

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from asyncrl.errors import StorageError
+from asyncrl.errors import DamagedError, StorageError
 
 IOV_MAX = 512
 """Buffers handed to one writev; below every kernel's limit."""
@@ -91,7 +91,7 @@ class Segments:
         return self.directory / f"bodies-{file:06d}.bin"
 
     def read(self, location: Location) -> bytes:
-        """One body. Raises StorageError when the file is gone or too short."""
+        """One body. Raises StorageError when the file is gone, DamagedError when it is too short."""
         try:
             descriptor = self._readers.get(location.file)
             if descriptor is None:
@@ -101,7 +101,7 @@ class Segments:
         except OSError as error:
             raise StorageError(f"{self.path(location.file)}: cannot read a body: {error}") from error
         if len(data) != location.length:
-            raise StorageError(
+            raise DamagedError(
                 f"{self.path(location.file)}: {len(data)} of {location.length} bytes at offset "
                 f"{location.offset}; the file was cut short after it was recorded"
             )

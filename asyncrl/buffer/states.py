@@ -127,6 +127,8 @@ class WorkerRecord:
     incarnation: str
     last_seen: float
     """On the clock of `Fleet.steady`."""
+    hellos: int = 0
+    """How often this life had said hello before it said the present one."""
     credit: dict[Kind, int] = field(default_factory=dict)
     credit_bytes: int = 0
     capacity: int = 0

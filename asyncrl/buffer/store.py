@@ -7,7 +7,8 @@ Store. Readers of a live or finished run open `records` instead.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import xxhash
 from asyncrl.buffer.segments import Location, Recent, Segments
 from asyncrl.buffer.states import PROMPT_INDEX, BodyRow, Transaction
 from asyncrl.buffer.tables import SCHEMA, STATEMENTS
-from asyncrl.errors import StorageError
+from asyncrl.errors import DamagedError, StorageError
 from asyncrl.messages.parts import GroupParts
 from asyncrl.messages.sample import Lane, Status
 
@@ -35,6 +36,19 @@ MANY_STATEMENTS = {
     for name in ("group", "sample", "body", "lease", "batch_group")
     for head, _, row in [STATEMENTS[name].partition(" values ")]
 }
+
+
+DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def damage(path: Path, error: BaseException) -> DamagedError | None:
+    """What to tell of an error that says that the database is not what was written; None for another one."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGE:
+        return None
+    return DamagedError(
+        f"{path}: the ledger is damaged: {error}. Nothing is repaired: put back a copy of the run directory, "
+        "if there is one, or start a new run with trainer.hf_checkpoint at one of its checkpoints"
+    )
 
 
 class Store:
@@ -60,7 +74,9 @@ class Store:
             self._db.execute("pragma cache_size = -8192")
             self._db.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise StorageError(f"{self.path}: cannot open the ledger: {error}") from error
+            raise damage(self.path, error) or StorageError(
+                f"{self.path}: cannot open the ledger: {error}"
+            ) from error
 
     @property
     def db(self) -> sqlite3.Connection:
@@ -82,7 +98,7 @@ class Store:
                     self._db.execute("rollback")
                 raise
         except (OSError, sqlite3.Error) as error:
-            raise StorageError(
+            raise damage(self.path, error) or StorageError(
                 f"{self.path}: a commit failed ({error}); nothing of it was acknowledged. Free some disk "
                 "space and go on with `asyncrl launch --resume`: everything acknowledged before is safe."
             ) from error
@@ -91,6 +107,16 @@ class Store:
             self._recent.keep(location, body.data)
         for body_id in transaction.forget:
             self._locations.pop(body_id, None)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around whatever reads the tables. Raises StorageError, or DamagedError."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise damage(self.path, error) or StorageError(
+                f"{self.path}: the ledger cannot be read: {error}"
+            ) from error
 
     def _write_rows(self, transaction: Transaction, locations: list[Location]) -> None:
         self._execute("group", transaction.groups)

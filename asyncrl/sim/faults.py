@@ -6,6 +6,7 @@ not depend on how fast the simulated cluster is.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from asyncrl.sim.cluster import Cluster
 from asyncrl.sim.generator import Generator
 from asyncrl.sim.peers import Peer
 from asyncrl.sim.scenario import Fault, Scenario
+from asyncrl.sim.trainer import Trainer
 
 KINDS: dict[str, int] = {
     "generator_kill": 20,
@@ -41,6 +43,7 @@ KINDS: dict[str, int] = {
     "disk_low": 2,
     "clock_jump": 2,
     "links_slow": 3,
+    "versions_slow": 3,
 }
 """Every kind of fault, and how often it comes in relation to the others."""
 EXTRA = 8
@@ -168,6 +171,14 @@ class Faults:
 
     def _trainer_stop(self, pick: int) -> None:
         self._stop("trainer", pick, 20.0)
+
+    def _versions_slow(self, pick: int) -> None:
+        """The disk for versions is slow; every other time the trainer dies with a newer checkpoint."""
+        victim = self._victim("trainer", pick)
+        if isinstance(victim, Trainer):
+            victim.disk_slow_until = self.cluster.clock.now + self._seconds(pick, 300.0)
+            if pick % 2:
+                victim.on_saved = functools.partial(self._trainer_kill, pick)
 
     def _source_kill(self, pick: int) -> None:
         self._kill("source", pick, seen=pick % 3 > 0)

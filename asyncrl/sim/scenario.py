@@ -128,6 +128,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             dead_after_s=self.dead_after_s,
             evaluates=self.evaluates,
             eval_interval=self.eval_interval,
+            update_weights_interval=self.interval,
             prompt_lead=self.prompt_lead,
         )
 

@@ -5,6 +5,7 @@ newest committed checkpoint, publishing nothing until it reaches the last publis
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,6 +19,10 @@ from asyncrl.sim.bodies import Answer
 from asyncrl.sim.peers import Peer, Stage
 
 Groups = list[tuple[int, list[Answer]]]
+MAX_SNAPSHOTS = 2
+"""As in weights.publisher, which needs torch."""
+WRITE_S = 1.5
+"""Median time of writing a version."""
 
 
 class Trainer(Peer):
@@ -31,6 +36,13 @@ class Trainer(Peer):
         self._at_work = self._introduced = self._told = 0
         """As in the trainer's role: steps in the weights soon, in the last hello, told to the desk."""
         self._last_push = -1
+        self._writing: deque[control.Published] = deque()
+        """Versions whose snapshots are taken; one writer takes one after the other, beside the next step."""
+        self._after_push: Callable[[], None] | None = None
+        """What waits for room for a snapshot."""
+        self.disk_slow_until = 0.0
+        self.on_saved: Callable[[], None] | None = None
+        """Called at a checkpoint that is committed before a version older than it is written."""
         self._recorded: Manifest | None = None
         self._batches: deque[tuple[int, Groups]] = deque()
         self._parts: Groups = []
@@ -48,6 +60,8 @@ class Trainer(Peer):
                 self._words.pop((message.what, message.number), None)
                 if self._busy == "checkpoint" and message.what == "checkpoint":
                     self._busy = ""
+                    if self.on_saved is not None and len(self._writing) == MAX_SNAPSHOTS:
+                        self.on_saved()
                 self._next()
 
     def on_welcome(self, welcome: control.Welcome) -> None:
@@ -60,7 +74,9 @@ class Trainer(Peer):
     def _begin(self, checkpoint: str) -> None:
         self.step = self.saved = self._at_work = self._told = int(checkpoint.rpartition("-")[2] or 0)
         self._busy = ""
-        self._push()
+        self._push(self._begun)
+
+    def _begun(self) -> None:
         self._want(1 + self.stage.scenario.prefetch, self.stage.scenario.window_bytes)
         self.started()
         self._next()
@@ -107,8 +123,7 @@ class Trainer(Peer):
             self._busy, self._at_work = f"batch {batch} to be trained", batch + 1
             self.after(self.stage.about(self.stage.scenario.step_s, 0.2), self._trained, batch, groups)
         if self.ending and not self._busy and not self._batches:
-            self._push()
-            self._save()
+            self._push(self._save)
 
     def _trained(self, batch: int, groups: Groups) -> None:
         self.stage.checks.trains(self.number, batch, groups)
@@ -122,13 +137,20 @@ class Trainer(Peer):
         self._told = batch + 1
         self._say("trained", batch, message)
         self._want(1, 0)
-        scenario = self.stage.scenario
-        last = scenario.prompts is None and self.step == scenario.target
-        if self.step % scenario.interval == 0 or last:
-            self._push()
-        if self.step % scenario.save_interval == 0 or last:
+        if self.step % self.stage.scenario.interval == 0 or self._is_last:
+            self._push(self._pushed)
+        else:
+            self._pushed()
+
+    def _pushed(self) -> None:
+        if self.step % self.stage.scenario.save_interval == 0 or self._is_last:
             self._save()
         self._next()
+
+    @property
+    def _is_last(self) -> bool:
+        scenario = self.stage.scenario
+        return scenario.prompts is None and self.step == scenario.target
 
     def _digest(self) -> str:
         return f"digest{self.step}" + ("" if self.stage.scenario.exact else f".{self.number}")
@@ -137,9 +159,14 @@ class Trainer(Peer):
         self._words[(what, number)] = message
         self.send(message)
 
-    def _push(self) -> None:
+    def _push(self, then: Callable[[], None]) -> None:
+        """Publish the weights, unless that was done, then go on; where the disk is slow, training waits."""
         recorded = self._recorded
         if self.step <= self._last_push or (recorded is not None and self.step < recorded.version):
+            then()
+            return
+        if len(self._writing) == MAX_SNAPSHOTS:
+            self._busy, self._after_push = "an older version to be written", then
             return
         self._last_push = self.step
         digest, incarnation = self._digest(), self.number
@@ -149,9 +176,23 @@ class Trainer(Peer):
             run_id="sim", version=self.step, incarnation=incarnation, step=self.step, digest=digest,
             num_bytes=0, tensors=[], path=self.incarnation,
         )  # fmt: skip
-        message = control.Published(manifest=manifest)
-        # Written beside the next step; in order, as one writer takes one snapshot after the other.
-        self.after(1.5, self._say, "version", self.step, message)
+        self._writing.append(control.Published(manifest=manifest))
+        if len(self._writing) == 1:
+            self._write()
+        then()
+
+    def _write(self) -> None:
+        slow = 60.0 if self.stage.clock.now < self.disk_slow_until else 1.0
+        self.after(self.stage.about(WRITE_S) * slow, self._written)
+
+    def _written(self) -> None:
+        message = self._writing.popleft()
+        self._say("version", message.manifest.version, message)
+        if self._writing:
+            self._write()
+        if self._after_push is not None:
+            then, self._after_push, self._busy = self._after_push, None, ""
+            self._push(then)
 
     def _save(self) -> None:
         if self.step > self.saved:

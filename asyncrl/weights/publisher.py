@@ -25,7 +25,7 @@ from asyncrl.weights import files
 from asyncrl.weights import manifest as manifests
 from asyncrl.weights.host import host_identity
 
-_MAX_SNAPSHOTS = 2
+MAX_SNAPSHOTS = 2
 """One that is being written and one just taken; more would hide a writer that cannot keep up."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -91,7 +91,7 @@ class Publisher:
         """Copy tensors of any device and layout into a buffer that is used again and again.
 
         Raises:
-            ValueError: two snapshots are neither written nor discarded yet.
+            ValueError: MAX_SNAPSHOTS are neither written nor discarded yet.
         """
         entries = manifests.layout(tensors)
         snapshot = Snapshot(self._take_buffer(manifests.size_of(entries)), entries)
@@ -193,9 +193,9 @@ class Publisher:
 
     def _take_buffer(self, num_bytes: int) -> torch.Tensor:
         with self._mutex:
-            if self._num_taken >= _MAX_SNAPSHOTS:
+            if self._num_taken >= MAX_SNAPSHOTS:
                 raise ValueError(
-                    f"{_MAX_SNAPSHOTS} snapshots are not written yet; wait for `write`, or `discard` one"
+                    f"{MAX_SNAPSHOTS} snapshots are not written yet; wait for `write`, or `discard` one"
                 )
             self._num_taken += 1
             fitting = [b for b in self._free if b.numel() >= num_bytes]

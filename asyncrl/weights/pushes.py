@@ -23,7 +23,7 @@ from asyncrl.obs.metrics import Waits
 from asyncrl.topology.plan import Plan
 from asyncrl.weights.carriers.stream import StreamServer, bind_stream
 from asyncrl.weights.files import directory_of, run_id
-from asyncrl.weights.publisher import Publisher, Snapshot
+from asyncrl.weights.publisher import MAX_SNAPSHOTS, Publisher, Snapshot
 
 
 class PushSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +97,9 @@ class Pushes:
         self._waits, self._side_waits = waits or Waits(), side_waits or Waits()
         self._security = security
         self._hub = hub
-        self._jobs: asyncio.Queue[_Job] = asyncio.Queue(maxsize=1)
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._room = asyncio.Semaphore(MAX_SNAPSHOTS)
+        """For snapshots that the buffer was not told of: where disk or buffer are slow, training waits."""
         self._publisher: Publisher | None = None
         self._link: ServerLink | None = None
         self._last = -1
@@ -121,24 +123,29 @@ class Pushes:
         return version > self._last and (self._recorded is None or version >= self._recorded.version)
 
     async def push(self, version: int, step: int) -> None:
-        """Snapshot now (this is what training waits for); the rest happens beside the next step."""
+        """Snapshot now (this is what training waits for); the rest happens beside the next step.
+
+        Raises:
+            StalledError: an older version was not written and told in time.
+        """
         if not self.due(version) or self._publisher is None:
             return
         self._last = version
         publisher = self._publisher
-        began = time.monotonic()
-        snapshot = await asyncio.to_thread(lambda: publisher.snapshot(self._weights()))
-        self._record({"push/snapshot_s": time.monotonic() - began, "push/bytes": snapshot.num_bytes}, version)
         directory = directory_of(self._settings.directory, self._settings.run_dir)
         async with awaiting(
             self._waits,
             "push",
             who="the trainer",
-            what=f"the version before {version} to be written and told to the buffer",
+            what=f"a version before {version} to be written and told to the buffer",
             deadline_s=self._settings.stall_s + WATCHDOG_S,
             advice=f"look at the disk of {directory} and at the buffer's log",
         ):
-            await self._jobs.put(_Job(snapshot, version, step))
+            await self._room.acquire()
+        began = time.monotonic()
+        snapshot = await asyncio.to_thread(lambda: publisher.snapshot(self._weights()))
+        self._record({"push/snapshot_s": time.monotonic() - began, "push/bytes": snapshot.num_bytes}, version)
+        self._jobs.put_nowait(_Job(snapshot, version, step))
 
     async def write(self) -> None:
         """consumes: snapshots    waits for: the disk    produces: published versions"""
@@ -158,6 +165,7 @@ class Pushes:
                 manifest = msgspec.structs.replace(manifest, path="", host="")
             self._record({"perf/update_weights_time": time.monotonic() - began}, job.version)
             await self._send(Published(manifest=manifest))
+            self._room.release()
 
     async def serve(self) -> None:
         """Answer receivers that cannot map our files."""

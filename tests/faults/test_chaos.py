@@ -16,6 +16,7 @@ import pytest
 from asyncrl.chaos import Order
 from tests.support.command import Job, asyncrl
 from tests.support.processes import descendants, wait_until
+from tools.chaos.checks import surprises
 from tools.chaos.matrix import expand, matrix
 from tools.chaos.spec import Case, read
 
@@ -34,6 +35,7 @@ SLICE = (
     "generator: lose receive:Welcome",
     "generator: drop receive:Welcome",
     "trainer: drop receive:Finish",
+    "trainer: kill, checkpoint newer than versions",
     "generator: stop mid-attach, before welcome",
     "trainer: kill the run ends",
     "all: corrupted page",
@@ -98,6 +100,24 @@ def test_what_does_not_hold_is_found_and_can_be_repeated(tmp_path: Path) -> None
     # The weights that forked processes trained are those that an executed one trains, to the bit.
     replayed = asyncrl("replay", found["unreachable"]["run_dir"], cwd=tmp_path, deadline_s=RUN_S)
     assert replayed.code == 0, replayed.text
+
+
+def test_a_crash_that_the_next_life_mends_is_found(tmp_path: Path) -> None:
+    """Two defects hid behind restarts until lives that end in an unnamed error failed their case."""
+    for attempt, message in enumerate(
+        ["", "buffer: ordered to fail at start", "ValueError: 2 snapshots", "bodies: No space"]
+    ):
+        log = tmp_path / f"attempt-{attempt:03d}" / "log" / "supervisor.jsonl"
+        log.parent.mkdir(parents=True)
+        line = json.dumps({"event": "died", "member": "trainer", "code": 1, "message": message})
+        log.write_text(f'{{"event":"health"}}\n{line}\n{{"event":"died","mem', encoding="utf-8")
+    failing = [Order(actor="buffer", at="file:open:*/bodies/*.bin", action="errno:ENOSPC")]
+    for orders, found in (
+        ([], ["ValueError: 2 snapshots", "bodies: No space"]),
+        (failing, ["ValueError: 2 snapshots"]),
+    ):
+        case = Case(name="some", role="trainer", orders=orders)
+        assert list(surprises(case, tmp_path)) == [f"trainer died of {words}" for words in found]
 
 
 def test_an_interrupt_ends_everything(tmp_path: Path) -> None:

@@ -42,7 +42,6 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
     ledger: LedgerConfig
     prompts: int = 1000
-    interval: int = 1
     save_interval: int = 2
     prefetch: int = 1
     exact: bool = True
@@ -88,7 +87,8 @@ class World:
             peer = Evaluator(name, life, send)
         else:
             peer = Trainer(
-                name, life, send, num_rollout=self.setup.ledger.num_rollout, interval=self.setup.interval,
+                name, life, send, num_rollout=self.setup.ledger.num_rollout,
+                interval=self.setup.ledger.update_weights_interval,
                 save_interval=self.setup.save_interval, prefetch=self.setup.prefetch, exact=self.setup.exact,
             )  # fmt: skip
         self.peers[name] = peer

@@ -45,13 +45,13 @@ def setups(draw: st.DrawFn) -> Setup:
         evaluates=draw(st.booleans()),
         eval_interval=draw(st.sampled_from([None, 1, 2])),
         skip_eval_before_train=draw(st.booleans()),
+        update_weights_interval=draw(st.integers(1, min(3, staleness + 1))),
         prompt_lead=draw(st.sampled_from([0, 1, 5])),
     )
     few = size * draw(st.integers(2, 5)) + draw(st.integers(0, 1))
     return Setup(
         ledger=ledger,
         prompts=few if num_rollout is None or draw(st.booleans()) else 1000,
-        interval=draw(st.integers(1, min(3, staleness + 1))),
         save_interval=draw(st.integers(1, 3)),
         prefetch=draw(st.integers(0, 2)),
         exact=draw(st.booleans()),
@@ -177,8 +177,9 @@ def test_long_runs_of_likely_events(seed: int, tmp_path: Path) -> None:
         evaluates=seed % 3 != 0,
         eval_interval=2,
         group_rm=seed == 5,
+        update_weights_interval=1 + seed % 2,
     )
-    setup = Setup(ledger=config, interval=1 + seed % 2, save_interval=3, exact=seed % 2 == 0)
+    setup = Setup(ledger=config, save_interval=3, exact=seed % 2 == 0)
     world = World(tmp_path, setup)
     for _ in range(400):
         world.join_all()

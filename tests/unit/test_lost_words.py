@@ -9,6 +9,8 @@ import msgspec
 import pytest
 
 from asyncrl.buffer.desk import Desk as DeskTable
+from asyncrl.buffer.members import HELLOS_IN_VAIN
+from asyncrl.errors import ProtocolError
 from asyncrl.messages.control import Committed, HelloAgain, Issue, Issued, Message, Published, Saved, Trained
 from asyncrl.messages.sample import Lane
 from asyncrl.messages.version import Manifest
@@ -92,6 +94,47 @@ def test_a_version_after_one_that_was_left_out_does_not_exist(desk: Desk) -> Non
     assert desk.ledger.versions.published == newest
     said = answers(desk, published(desk, newest.version + 1))
     assert said == [Committed(what="version", number=newest.version + 1)]
+
+
+def test_a_trainer_begins_with_its_checkpoint_s_version_even_if_older_ones_were_never_published(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when a restarted trainer may leave out no version: it was asked for those before it for ever.
+
+    Its former life had one version on its way, and one waiting, when the checkpoint after both was committed.
+    """
+    newest = desk.ledger.versions.published
+    assert newest is not None
+    start = newest.version + 2
+    monkeypatch.setattr(desk, "_publish", lambda *_: None)
+    for _ in range(200):
+        desk.round()
+        if desk.ledger.batches.num_trained == start:
+            break
+    saved = Saved(rollout_step=start, incarnation=desk.members.incarnation, path="p", step=start)
+    desk.members.saved(desk.trainer, saved, desk.tick())
+    desk.commit()
+    for restart in (desk.start_trainer, desk.crash):
+        restart()
+        desk.ledger.book.take()
+        # Nothing may be left out after it, and nothing that is neither trained nor its checkpoint's exists.
+        assert answers(desk, published(desk, start + 1)) == [HelloAgain(desk=desk.members.life)]
+        assert desk.ledger.versions.published == newest
+    assert answers(desk, published(desk, start)) == [Committed(what="version", number=start)]
+
+
+def test_who_never_tells_what_is_missed_is_told_so(desk: Desk) -> None:
+    """Fails when it is asked without end: 500 times a second, in the run where this was seen."""
+    known = desk.ledger.batches.num_trained
+    for _ in range(HELLOS_IN_VAIN + 1):
+        assert answers(desk, trained(desk, known + 1)) == [HelloAgain(desk=desk.members.life)]
+        assert answers(desk, trained(desk, known + 2)) == [HelloAgain(desk=desk.members.life)]
+        desk.trainer.hellos += 1
+    with pytest.raises(ProtocolError, match=rf"after {HELLOS_IN_VAIN} hellos .* {known} batches trained"):
+        answers(desk, trained(desk, known + 1))
+    # Once something was told, it is counted anew.
+    desk.ledger.batches.num_trained += 1
+    assert answers(desk, trained(desk, known + 2)) == [HelloAgain(desk=desk.members.life)]
 
 
 def test_a_checkpoint_of_batches_that_were_not_told_does_not_exist(desk: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from asyncrl.buffer.restore import restore
 from asyncrl.buffer.segments import Location, Segments
 from asyncrl.buffer.states import FRESH, GENERATED, READY, SCORED
 from asyncrl.buffer.store import Store, batch_digest
-from asyncrl.errors import StorageError
+from asyncrl.errors import DamagedError, StorageError
 from asyncrl.messages.control import Issue, Issued
 from asyncrl.messages.sample import Lane
 
@@ -152,8 +153,27 @@ def test_a_disk_that_does_not_sync_raises_and_its_file_is_given_up(
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "buffer.db").write_bytes(b"this is no database at all, but some text" * 40)
-    with pytest.raises(StorageError, match="cannot open the ledger"):
+    with pytest.raises(
+        DamagedError, match=r"the ledger is damaged: file is not a database.*hf_checkpoint at"
+    ):
         Store(tmp_path)
+
+
+def test_a_damaged_page_is_named_and_not_tried_again(tmp_path: Path) -> None:
+    """Fails when what SQLite finds while the tables are read is not told by path, with what to do."""
+    path = tmp_path / "buffer.db"
+    Store(tmp_path).close()
+    page = 4096
+    path.write_bytes(path.read_bytes()[:page] + b"\xff" * (path.stat().st_size - page))
+
+    def look() -> None:
+        store = Store(tmp_path)
+        with store.reading(), closing(store):
+            store.db.execute("select count(*) from groups").fetchall()
+
+    with pytest.raises(DamagedError, match=rf"{path}: the ledger is damaged: .* malformed") as caught:
+        look()
+    assert caught.value.final
 
 
 def test_the_default_survives_a_power_cut(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Reads the run's records and the driver's course; the replay trains, so this come
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
 from collections import Counter
@@ -31,6 +32,10 @@ LETHAL = ("kill", "exit")
 SHM = Path("/dev/shm")  # noqa: S108 - where versions are published
 STALLED = "no rollout step for"
 """How a stall by name begins (errors.StalledError)."""
+ORDERED = "ordered to fail"
+"""In the last words of an actor that was told to exit."""
+UNNAMED = re.compile(r"\w*(Error|Exception|ExceptionGroup|Exit|Interrupt): ")
+"""How the last words of an actor begin whose error is none of ours, and so says nothing to a user."""
 
 
 class Recovery(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +90,12 @@ def judge(course: Course, *, seconds: float) -> Outcome:
         outcome.problems.append(f"hung: {course.hung}")
     outcome.start_s = _start(course)
     outcome.deaths = _deaths(course)
-    outcome.problems += [*_endings(course), *_words(course), *_litter(course)]
+    outcome.problems += [
+        *_endings(course),
+        *_words(course),
+        *surprises(course.case, Path(course.run_dir)),
+        *_litter(course),
+    ]
     missed = [n for n in range(len(case.orders)) if all(line["order"] != n for line in course.fired)]
     missing = [f"order {n} ({case.orders[n].at}) did not fire" for n in missed]
     books = Path(course.run_dir) / "buffer.db"
@@ -177,6 +187,22 @@ def _words(course: Course) -> Iterator[str]:
         text = path.read_text(encoding="utf-8", errors="replace")
         if "Traceback" in text:
             yield f"{path.parent.parent.name}/{path.name} has a traceback: {_around(text)}"
+
+
+def surprises(case: Case, run_dir: Path) -> Iterator[str]:
+    """A life that was ended by an error nobody ordered: a defect, even where the next life mends it.
+
+    Where errors are what a case is about (a failing disk, a vanished message), by one that has no name.
+    """
+    calm = case.expect == "finish" and not any(order.action.startswith("errno") for order in case.orders)
+    for path in sorted(run_dir.glob("attempt-*/log/supervisor.jsonl")):
+        # Its last line may be torn where the supervisor was killed.
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(msgspec.DecodeError):
+                said = msgspec.json.decode(line, type=dict[str, Any])
+                words = str(said["message"]) if said.get("event") == "died" and said["code"] > 0 else ""
+                if UNNAMED.match(words) or (calm and words and ORDERED not in words):
+                    yield f"{said['member']} died of {words}"
 
 
 def _around(text: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from asyncrl.chaos import Order
-from tools.chaos.moments import HELLO, LOADING, MESSAGES, MOMENTS, Moment
+from tools.chaos.moments import HELLO, LEFT_OUT, LOADING, MESSAGES, MOMENTS, Moment
 from tools.chaos.spec import Case, Expected, Step
 
 DETOURS = ("lose", "delay", "duplicate", "swap", "drop")
@@ -56,7 +56,16 @@ def core() -> list[Case]:
             # Another moment for each, not the first: there nothing is under way yet.
             moment = moments[1 + (number + 2 * shift) % (len(moments) - 1)]
             found += _cases(role, moment, action)
-    return [*found, *_links(core=True), *_cuts(), *_clocks(), *_disks(), *_everything(), *_newcomers()]
+    return [
+        *found,
+        *_links(core=True),
+        *_cuts(),
+        *_clocks(),
+        *_disks(),
+        *_late_versions(),
+        *_everything(),
+        *_newcomers(),
+    ]
 
 
 def rest() -> list[Case]:
@@ -197,6 +206,20 @@ def _damages() -> Iterator[Case]:
     )  # fmt: skip
     yield change(lost, name="all: torn segment", damage="torn segment")
     yield change(lost, name="all: torn log", damage="torn log")
+
+
+def _late_versions() -> Iterator[Case]:
+    """A slow disk for versions: training waits for it, and a checkpoint may be newer than any version."""
+    late = Order(
+        actor="trainer", at="file:open:/dev/shm/asyncrl-*.tmp", action="freeze", nth=2, seconds=LONG_S
+    )  # fmt: skip
+    yield Case(name="trainer: slow disk for versions", role="trainer", orders=[late])
+    for role, action, steps in (("trainer", "kill", []), ("all", "stop", [Step(do="lose")])):
+        die = Order(actor="trainer", at="received:Committed", where={"what": "checkpoint"}, action=action)
+        yield Case(
+            name=f"{role}: {'lost' if steps else action}, checkpoint newer than versions", role=role,
+            orders=[die, late], steps=steps, state=LEFT_OUT,
+        )  # fmt: skip
 
 
 def _everything() -> Iterator[Case]:

@@ -26,6 +26,8 @@ UNSAVED = (
     " > (select coalesce(max(rollout_step), 0) from checkpoints where saved_at <= :time)"
 )
 """Whether the weights were ahead of the newest checkpoint."""
+LEFT_OUT = "select 1 where not exists (select 1 from versions where version = 1)"
+"""Whether version 1 was never published, as the trainer died with it and began again after it."""
 
 
 @dataclass(frozen=True)
