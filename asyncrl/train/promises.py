@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,20 +17,23 @@ from asyncrl.actor.waiting import awaiting, deadline_of
 from asyncrl.messages.control import Committed, Published, Saved, Trained
 
 
+class _Promise(NamedTuple):
+    told: Statement
+    kept: asyncio.Event
+
+
 class Promises:
     """See the module's docstring."""
 
     def __init__(self, actor: DeskActor) -> None:
         self._actor = actor
-        self._unsaid: dict[tuple[str, int], Statement] = {}
+        self._open: dict[tuple[str, int], _Promise] = {}
         """Trained batches, versions and checkpoints that are not committed, in the order they were told."""
-        self._committed: dict[tuple[str, int], asyncio.Event] = {}
-        """One for each of them."""
 
     @property
     def unsaid(self) -> list[Statement]:
         """Whatever is not committed, in the order it was told."""
-        return list(self._unsaid.values())
+        return [promise.told for promise in self._open.values()]
 
     async def promise(self, message: Trained | Published | Saved, *more: msgspec.Struct) -> None:
         """Tell what has to be committed, and `more` with it; it is said again until it is."""
@@ -40,26 +44,25 @@ class Promises:
                 key = ("version", message.manifest.version)
             case Saved():
                 key = ("checkpoint", message.rollout_step)
-        self._unsaid[key] = (message, ())
-        self._committed[key] = asyncio.Event()
+        self._open[key] = _Promise((message, ()), asyncio.Event())
         await self._actor.say((message, ()), *((other, ()) for other in more))
 
     def heard(self, message: Committed) -> None:
         """The buffer has committed something."""
-        key = (message.what, message.number)
-        self._unsaid.pop(key, None)
-        if (event := self._committed.pop(key, None)) is not None:
-            event.set()
+        promise = self._open.pop((message.what, message.number), None)
+        if promise is not None:
+            promise.kept.set()
 
     async def committed(self, what: str, number: int) -> None:
         """Until the buffer has committed what was promised: a "checkpoint", say, by its number.
 
         Raises StalledError where `patience` does.
         """
-        if (event := self._committed.get((what, number))) is None:
+        promise = self._open.get((what, number))
+        if promise is None:
             return
         async with self.patience(what, f"the buffer to commit {what} {number}"):
-            await event.wait()
+            await promise.kept.wait()
 
     def patience(self, name: str, what: str) -> AbstractAsyncContextManager[None]:
         """A wait of the train loop for the buffer; one that restarts meanwhile hears what it has to know.

@@ -186,7 +186,9 @@ async def test_a_first_hello_that_nobody_answers_is_said_again(
     assert not played.worker.is_ready
     await played.welcome("one", third)
     await played.worker.to_say.put(1)
-    assert [await played.hear(), await played.hear()] == [seen(1), Want(kind=Kind.SCORE, samples=1)]
+    while isinstance(said := await played.hear(), Hello):  # on a busy machine this answer may be late, too
+        await played.welcome("one", said)
+    assert [said, await played.hear()] == [seen(1), Want(kind=Kind.SCORE, samples=1)]
     await played.tell(Finish(reason="enough"))
     assert isinstance(await played.hear(), Goodbye)
     await played.task

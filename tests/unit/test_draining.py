@@ -7,20 +7,13 @@ from pathlib import Path
 
 import msgspec
 
-from asyncrl.actor.base import Context
 from asyncrl.messages.control import Want, Welcome
-from asyncrl.roles.generator import GeneratorRole
-from tests.desk import make_plan
+from tests.support.roles import idle_generator
 
 
 async def test_a_draining_generator_gives_no_credit_whoever_asks_for_it(tmp_path: Path) -> None:
     """Fails when it does: it is leased anew what it hands back, until its drain is given up."""
-    (tmp_path / "metrics").mkdir()
-    context = Context(
-        name="generator", role="generator", incarnation="life", plan=make_plan(), run_dir=tmp_path,
-        attempt_dir=tmp_path, control_address="memory://control", index=0,
-    )  # fmt: skip
-    role = GeneratorRole(context)
+    role = idle_generator(tmp_path)
     role.version = (1, 0)
     said: asyncio.Queue[msgspec.Struct] = asyncio.Queue()
 

@@ -39,30 +39,17 @@ from asyncrl.messages.control import (
 )
 from asyncrl.messages.parts import GroupParts
 from asyncrl.messages.sample import Lane, Status
-from asyncrl.topology import load
-from asyncrl.topology.plan import Plan, compile_plan
+from asyncrl.topology.plan import Plan
+from tests.support.topologies import compiled
 
 DEADLINE_S = 10.0
 ROOT = Path(__file__).parents[2]
-TOPOLOGY = """
-[run]
-num_rollout = 10
-[source]
-prompt_data = "p.jsonl"
-[rollout]
-rollout_batch_size = 32
-n_samples_per_prompt = 8
-[[generator]]
-name = "generator"
-replicas = 2
-[trainer]
-hf_checkpoint = "m"
-"""
+GENERATORS = '[[generator]]\nname = "generator"\nreplicas = 2'
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return compile_plan(load.parse(TOPOLOGY, [], source="t.toml"))
+    return compiled(tables=GENERATORS)
 
 
 def beat(number: int) -> Heartbeat:

@@ -33,7 +33,8 @@ async def test_a_slow_disk_makes_training_wait(tmp_path: Path, monkeypatch: pyte
     async def send(message: Published) -> None:
         told.put_nowait(message.manifest.version)
 
-    settings = PushSettings(run_id="run", directory=None, run_dir=str(tmp_path), keep=2, address="")
+    place = str(tmp_path)
+    settings = PushSettings(run_id="run", directory=place, run_dir=place, keep=2, address="")
     waits = Waits()
     pushes = Pushes(settings, weights=lambda: {"w": weights}, send=send, record=lambda *_: None, waits=waits)
     await pushes.open(TrainerStart(incarnation=1))

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.actor.base import Context
 from asyncrl.messages.version import Manifest
-from asyncrl.roles.generator import GeneratorRole
-from tests.desk import make_plan
+from tests.support.roles import idle_generator
 
 
 def manifest(version: int, incarnation: int) -> Manifest:
@@ -41,12 +39,7 @@ async def test_an_announcement_that_was_overtaken_takes_nobody_back(
 
     Its tokens would be older than their group says, and older than `max_staleness` allows.
     """
-    (tmp_path / "metrics").mkdir()
-    context = Context(
-        name="generator", role="generator", incarnation="life", plan=make_plan(), run_dir=tmp_path,
-        attempt_dir=tmp_path, control_address="memory://control", index=0,
-    )  # fmt: skip
-    role = GeneratorRole(context)
+    role = idle_generator(tmp_path)
     for version in (first, then):
         role.serving.announce(manifest(*version))
     missing = role.serving.missing
