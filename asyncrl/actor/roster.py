@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from asyncrl.actor.budget import Budget
 from asyncrl.actor.health import SUSPECT_HEARTBEATS, Health, State
+from asyncrl.actor.waiting import Looks
 from asyncrl.errors import ExitCode
 from asyncrl.messages.supervision import Exiting
 
@@ -123,7 +124,7 @@ class Roster:
     members: dict[str, MemberState] = field(default_factory=dict)
     ending: bool = False
     """The run is finishing, draining or failing: an end is what we want."""
-    _last_look: float | None = None
+    _looks: Looks = field(default_factory=Looks)
 
     def join(
         self, name: str, role: str, incarnation: str, *, attached: bool = False, now: float = 0.0
@@ -157,8 +158,8 @@ class Roster:
     ) -> list[tuple[MemberState, float]]:  # fmt: skip
         """Processes of our own that are dead from now on, with how long they have been silent.
 
-        Whoever missed `SUSPECT_HEARTBEATS` becomes a suspect before. Time in which the supervisor itself
-        stood still is charged to nobody.
+        Whoever missed `SUSPECT_HEARTBEATS` becomes a suspect before. A supervisor that stood still itself
+        charges nobody for it: see `Looks`.
 
         Args:
             now: the present time.
@@ -168,11 +169,10 @@ class Roster:
             start_s: how long one may be silent before that: loading may keep it from everything else.
             stopped: names of those whose process is stopped; nobody loads that way.
         """
-        stood_still = now - self._last_look - 2 * every_s if self._last_look is not None else 0.0
-        self._last_look = now
+        self._looks.look(now, every_s=every_s, limit_s=dead_after_s)
         found = []
         for member in self.present():
-            member.heard_at += max(0.0, stood_still)
+            member.heard_at = self._looks.since(member.heard_at)
             silence = now - member.heard_at
             reports = member.beats and not member.said_why
             if member.name not in stopped or reports:
@@ -180,7 +180,7 @@ class Roster:
             elif member.stopped_at is None:
                 member.stopped_at = now
             else:
-                member.stopped_at += max(0.0, stood_still)
+                member.stopped_at = self._looks.since(member.stopped_at)
             if not member.health.alive:
                 continue
             if reports:

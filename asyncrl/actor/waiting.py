@@ -11,6 +11,7 @@ Invariant: nobody idles in an actor that does not listen for its peers' silence.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -61,6 +62,35 @@ def deadline_of(run: RunConfig) -> float:
 def silence_of(run: RunConfig) -> float:
     """Seconds of silence after which a peer counts as gone."""
     return max(deadline_of(run), MISSED * run.heartbeat_s)
+
+
+class Looks:
+    """From when on the silence of others counts, for one who looks at it regularly.
+
+    Time in which the looker itself stood still (stopped, or asleep with its machine) is charged to nobody.
+    Where that was half the limit or more, every silence begins anew: what was said meanwhile may be lost, for
+    the transport cuts a connection on which it gets no answer, and a peer needs a moment to be heard again.
+    """
+
+    def __init__(self) -> None:
+        self._now: float | None = None
+        self._pardon_s = 0.0
+
+    def look(self, now: float, *, every_s: float, limit_s: float) -> None:
+        """It is looked now.
+
+        Args:
+            now: the present time, on a clock that nobody can set.
+            every_s: how often this is called when nothing is wrong.
+            limit_s: the silence that has consequences.
+        """
+        stood_still = 0.0 if self._now is None else max(0.0, now - self._now - 2 * every_s)
+        self._now, self._pardon_s = now, math.inf if stood_still >= limit_s / 2 else stood_still
+
+    def since(self, start: float) -> float:
+        """The start of a silence by the last look, given its start by the look before."""
+        assert self._now is not None, "nobody has looked yet"
+        return max(start, min(self._now, start + self._pardon_s))
 
 
 class Peers:

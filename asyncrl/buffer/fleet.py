@@ -7,6 +7,7 @@ plus incarnation, never an address.
 
 from __future__ import annotations
 
+from asyncrl.actor.waiting import Looks
 from asyncrl.buffer.states import GroupRecord, LeaseRecord, WorkerRecord
 from asyncrl.messages.control import Hello, Kind, Want
 
@@ -21,7 +22,7 @@ class Fleet:
         self.steady = 0.0
         """Seconds of a clock that nobody can set, at the event under way."""
         self._by_identity: dict[tuple[str, str], WorkerRecord] = {}
-        self._last_tick: float | None = None
+        self._looks = Looks()
         self._absent_since: dict[tuple[str, str], float] = {}
         """Identities that hold leases from before the buffer's restart and have not come back."""
 
@@ -122,7 +123,7 @@ class Fleet:
                 worker.alone = 0
 
     def silent(self, *, every_s: float) -> list[WorkerRecord]:
-        """Workers not heard of for `dead_after_s`; time in which the buffer stood still is not charged.
+        """Workers not heard of for `dead_after_s`; a buffer that stood still charges nobody: see `Looks`.
 
         To be called before `orphaned`.
 
@@ -130,12 +131,8 @@ class Fleet:
             every_s: how often this is called when nothing is wrong.
         """
         now = self.steady
-        if self._last_tick is not None:
-            stood_still = now - self._last_tick - 2 * every_s
-            if stood_still > 0:
-                for worker in self.workers.values():
-                    worker.last_seen += stood_still
-                for identity in self._absent_since:
-                    self._absent_since[identity] += stood_still
-        self._last_tick = now
+        self._looks.look(now, every_s=every_s, limit_s=self.dead_after_s)
+        for worker in self.workers.values():
+            worker.last_seen = self._looks.since(worker.last_seen)
+        self._absent_since = {who: self._looks.since(start) for who, start in self._absent_since.items()}
         return [worker for worker in self.workers.values() if now - worker.last_seen > self.dead_after_s]

@@ -15,12 +15,13 @@ from tests.support.world import write_prompts
 
 EMBEDDED = {"generator.engine": "embedded", "generator.scripted": None}
 SYNCHRONOUS = {"rollout.max_staleness": 0, "generator.on_new_weights": "finish"}
-SLOW_ANSWERS = {
-    # Every answer has 32 tokens of 40 ms: it outlasts a push, also on a busy machine.
+UNLIKE_ANSWERS = {
+    # A quarter of a second to two and a half: a push that follows the short ones meets long ones half done.
+    # Answers of one length all end at once, and whatever is pushed then meets none that has a token.
     "generator.scripted": {
-        "median": 32.0, "sigma": 0.0, "max_tokens": 32, "vocab_size": 90, "token_latency_s": 0.04
+        "median": 32.0, "sigma": 0.6, "max_tokens": 64, "vocab_size": 90, "token_latency_s": 0.04
     },
-    "rollout.rollout_max_response_len": 32,
+    "rollout.rollout_max_response_len": 64,
 }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_aborted_answers_are_resumed_under_the_next_version(tmp_path: Path, mode
         tmp_path,
         model,
         {
-            **SLOW_ANSWERS,
+            **UNLIKE_ANSWERS,
             "generator.on_new_weights": "abort",
             "generator.concurrency": 16,
             "rollout.max_staleness": 2,

@@ -9,7 +9,7 @@ import pytest
 
 from asyncrl.actor.pieces import Pieces
 from asyncrl.actor.reports import Outbox
-from asyncrl.actor.waiting import WATCHDOG_S, Peers, awaiting, deadline_of, silence_of
+from asyncrl.actor.waiting import WATCHDOG_S, Looks, Peers, awaiting, deadline_of, silence_of
 from asyncrl.errors import StalledError
 from asyncrl.messages.sample import Segment, Span, Status, pack_logprobs, pack_tokens
 from asyncrl.obs.metrics import Waits
@@ -59,6 +59,19 @@ def test_time_in_which_we_stood_still_is_charged_to_nobody() -> None:
         watched.look(100.0 + 3600.0 * stop)
     with pytest.raises(StalledError, match="silent for 11 s"):
         watched.look(100.0 + 3600.0 * 5 + 1.0)
+
+
+@pytest.mark.parametrize(
+    ("stood_still", "since"), [(-0.5, 1.0), (1.5, 2.5), (4.75, 5.75), (5.0, 11.0), (3600.0, 3606.0)]
+)
+def test_a_looker_that_stood_still_moves_the_start_of_silences(stood_still: float, since: float) -> None:
+    """Half the limit or more: they all begin anew, for what was said meanwhile may be lost."""
+    looks = Looks()
+    looks.look(4.0, every_s=1.0, limit_s=10.0)
+    assert looks.since(1.0) == 1.0
+    looks.look(4.0 + 2.0 + stood_still, every_s=1.0, limit_s=10.0)
+    assert looks.since(1.0) == since
+    assert looks.since(3700.0) == 3700.0, "heard of after the look"
 
 
 def test_a_peer_that_answers_heartbeats_is_never_silent_by_their_interval() -> None:
