@@ -41,6 +41,8 @@ WELCOME_DEADLINE_S = 60.0
 """How long an actor waits for the buffer's answer to its first hello."""
 HELLO_AGAIN_S = 5.0
 """A hello that has no answer by then is said again: it may have been lost with a connection."""
+UNKNOWN = "unknown"
+"""A life of the desk of which we know nothing yet."""
 
 BUFFER = "the buffer"
 """What it is called where its silence is told."""
@@ -65,6 +67,8 @@ class DeskActor(Actor):
         self._greeted = ""
         """The desk's life that we have said hello to and that has not answered; empty while talking."""
         self._greeted_at = 0.0
+        self._patience_s = HELLO_AGAIN_S
+        """How long the last hello may go without an answer."""
         self._hellos = 0
         """Hellos said; a welcome to any but the last one is not for now."""
         self._cuts = 0
@@ -108,6 +112,7 @@ class DeskActor(Actor):
 
     async def begin(self) -> None:
         self._desk = self.context.connect(self.context.desk_address, receives=FromBuffer)
+        self._greeted, self._greeted_at = UNKNOWN, time.monotonic()
         await self._hand(self.hello())
         self._said_hello = True
         async with awaiting(
@@ -126,22 +131,16 @@ class DeskActor(Actor):
         """The welcome; a desk that dies meanwhile, or that does not answer, is greeted again."""
         receiving = asyncio.ensure_future(desk.recv())
         every_s = self.plan.topology.run.heartbeat_s
-        self._greeted_at, patience_s = time.monotonic(), HELLO_AGAIN_S
         try:
             while True:
                 if not (await asyncio.wait([receiving], timeout=every_s))[0]:
-                    late = time.monotonic() - self._greeted_at > patience_s
-                    if late or desk.cuts > self._cuts:
-                        # Our hello or its answer may be lost; a desk that has the hello will not ask for it.
-                        # Only the last hello's answer counts: to a slow desk the next one is said later.
-                        self._greeted, self._cuts, patience_s = "", desk.cuts, 2 * patience_s
-                        await self._greet("unknown")
+                    await self._greet_again(desk, UNKNOWN)
                     continue
                 message = receiving.result().message
                 receiving = asyncio.ensure_future(desk.recv())
                 match message:
                     case Welcome() if message.number == self._hellos:
-                        self._greeted = ""
+                        self._answered()
                         return message
                     case Refused():
                         raise self._refusal(message)
@@ -244,11 +243,29 @@ class DeskActor(Actor):
         self.log.info("hello again", desk=life)
         await self._hand(self.introduce(msgspec.structs.replace(self.hello(), number=self._hellos)))
 
+    async def _greet_again(self, desk: ClientLink, life: str) -> None:
+        """Greet this life of the desk anew if our hello, or its answer, may be lost.
+
+        A desk that has the hello will not ask for it. Only the last hello's answer counts, so that to a slow
+        desk the next one is said later and later.
+        """
+        late = self._greeted and time.monotonic() - self._greeted_at > self._patience_s
+        if late:
+            self._patience_s *= 2
+        if late or desk.cuts > self._cuts:
+            # Whether anything was lost, nobody knows; the desk may even be the one we know.
+            self._greeted, self._cuts = "", desk.cuts
+            await self._greet(life)
+
+    def _answered(self) -> None:
+        self._greeted, self._patience_s = "", HELLO_AGAIN_S
+
     async def _resume(self, welcome: Welcome) -> None:
         """Welcome again: state everything anew, then go on."""
         self._talking.clear()
         self._conversation += 1
-        self._greeted, self._welcome = "", welcome
+        self._answered()
+        self._welcome = welcome
         for message, frames in self.restate(welcome):
             await self._hand(message, frames)
         self._talking.set()
@@ -261,11 +278,8 @@ class DeskActor(Actor):
         # A desk that does not read may not keep us from reporting to the supervisor.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(every_s):
-                late = self._greeted and time.monotonic() - self._greeted_at > HELLO_AGAIN_S
-                if self._reading and self._welcome is not None and (self._desk.cuts > self._cuts or late):
-                    # Whether anything was lost, nobody knows; the desk may even be the one we know.
-                    self._greeted, self._cuts = "", self._desk.cuts
-                    await self._greet(self._welcome.desk)
+                if self._reading and self._welcome is not None:
+                    await self._greet_again(self._desk, self._welcome.desk)
                 version, incarnation = self.version
                 await self._hand(Heartbeat(version=version, incarnation=incarnation, asks=self._reading))
 
