@@ -219,8 +219,10 @@ def test_an_evaluation_names_one_version_and_trains_nothing(tmp_path: Path, mode
 
 def test_the_same_seed_gives_the_same_records_and_weights(tmp_path: Path, model: Path) -> None:
     """On policy with one generator nothing depends on timing, so nothing may differ."""
-    # One report an answer: where progress is cut depends on when the last report was acknowledged.
-    options = {**EMBEDDED, **SYNCHRONOUS, "rollout.progress_every_tokens": 256}
+    # One report an answer: where progress is cut depends on when the last report was acknowledged. One answer
+    # at a time: the last bits of log probs depend on what is computed with them, hence on who came when.
+    alone = {"rollout.progress_every_tokens": 256, "generator.concurrency": 1}
+    options = {**EMBEDDED, **SYNCHRONOUS, **alone}
     first, second = (
         run_inside(tmp_path, model, {**options, "weights.directory": str(tmp_path / name)}, name=name)
         for name in ("first", "second")
