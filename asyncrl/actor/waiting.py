@@ -70,6 +70,7 @@ class Looks:
     Time in which the looker itself stood still (stopped, or asleep with its machine) is charged to nobody.
     Where that was half the limit or more, every silence begins anew: what was said meanwhile may be lost, for
     the transport cuts a connection on which it gets no answer, and a peer needs a moment to be heard again.
+    Nothing is known about the time before the first look: silences begin with it.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class Looks:
             every_s: how often this is called when nothing is wrong.
             limit_s: the silence that has consequences.
         """
-        stood_still = 0.0 if self._now is None else max(0.0, now - self._now - 2 * every_s)
+        stood_still = math.inf if self._now is None else max(0.0, now - self._now - 2 * every_s)
         self._now, self._pardon_s = now, math.inf if stood_still >= limit_s / 2 else stood_still
 
     def since(self, start: float) -> float:

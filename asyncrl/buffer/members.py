@@ -69,6 +69,10 @@ class Members:
         if (hello.name, hello.incarnation) in self.past:
             ledger.book.send(peer, Refused(reason=f"a newer life of {hello.name} has taken its place"))
             return
+        known = ledger.fleet.find(hello.name, hello.incarnation)
+        if known is not None and hello.number < known.hellos:
+            # A later one has overtaken it and been answered: what that conversation gave still stands.
+            return
         self.live(hello.name, hello.incarnation)
         before = ledger.fleet.workers.get(peer)
         if before is not None and (before.name, before.incarnation) != (hello.name, hello.incarnation):

@@ -34,6 +34,7 @@ SLICE = (
     "all: lost, trainer batch delivered, not trained",
     "generator: lose receive:Welcome",
     "generator: drop receive:Welcome",
+    "trainer: delay send:Hello to the buffer",
     "trainer: drop receive:Finish",
     "trainer: kill, checkpoint newer than versions",
     "generator: stop mid-attach, before welcome",
@@ -41,8 +42,8 @@ SLICE = (
     "all: corrupted page",
     "buffer: disk full at sent:Leases",
 )
-"""One death per role, all at once, a lost connection, the first and the last word vanished, one stopped on
-its way in, an end without a trainer, a damaged and a full disk."""
+"""One death per role, all at once, a lost connection, the first and the last word vanished, a hello that is
+overtaken, one stopped on its way in, an end without a trainer, a damaged and a full disk."""
 
 
 def start(place: Path, *arguments: str) -> Job:

@@ -62,6 +62,18 @@ def test_known_leases_stay_and_cost_no_credit(desk: Reborn) -> None:
     assert again.credit_bytes == 0
 
 
+def test_a_hello_that_a_later_one_has_overtaken_changes_nothing(desk: Reborn) -> None:
+    """Fails when the hello that comes last begins a conversation: its sender listens to its newest alone."""
+    worker, fences = busy(desk)
+    assert desk.hello(worker, leases=fences, number=2)[Welcome].number == 2
+    again = desk.ledger.fleet.workers[worker.peer]
+    desk.ledger.fleet.want(again, Want(kind=Kind.GENERATE, samples=3, num_bytes=1 << 20))
+    assert desk.hello(worker, number=1) == {}
+    assert desk.ledger.fleet.workers[worker.peer] is again
+    assert (again.credit[Kind.GENERATE], again.leases) == (3, set(fences))
+    assert desk.hello(worker, leases=fences, number=2)[Welcome].number == 2, "said twice"
+
+
 def test_a_lease_that_was_lost_on_the_way_is_sent_again_and_charged(desk: Reborn) -> None:
     worker, fences = busy(desk)
     desk.restart()

@@ -107,7 +107,7 @@ def test_three_missed_reports_make_a_suspect_and_an_attached_one_is_never_killed
     for member in members:
         roster.heard(member.name, 1.0)
         member.health.report(1.0, verified=True)
-    assert silent(roster, 2.0) == []
+    assert [silent(roster, now) for now in (1.0, 1.5, 2.0)] == [[]] * 3
     assert [m.state for m in members] == [State.HEALTHY] * 2
     assert silent(roster, 2.5) == []
     assert [m.state for m in members] == [State.SUSPECT] * 2

@@ -67,11 +67,19 @@ def test_time_in_which_we_stood_still_is_charged_to_nobody() -> None:
 def test_a_looker_that_stood_still_moves_the_start_of_silences(stood_still: float, since: float) -> None:
     """Half the limit or more: they all begin anew, for what was said meanwhile may be lost."""
     looks = Looks()
-    looks.look(4.0, every_s=1.0, limit_s=10.0)
+    for second in (0.0, 1.0, 2.0, 3.0, 4.0):
+        looks.look(second, every_s=1.0, limit_s=10.0)
     assert looks.since(1.0) == 1.0
     looks.look(4.0 + 2.0 + stood_still, every_s=1.0, limit_s=10.0)
     assert looks.since(1.0) == since
     assert looks.since(3700.0) == 3700.0, "heard of after the look"
+
+
+def test_silences_begin_with_the_first_look() -> None:
+    """Fails when one that was stopped before it ever looked blames the others for it."""
+    looks = Looks()
+    looks.look(100.0, every_s=1.0, limit_s=10.0)
+    assert looks.since(1.0) == 100.0
 
 
 def test_a_peer_that_answers_heartbeats_is_never_silent_by_their_interval() -> None:

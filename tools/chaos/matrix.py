@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from asyncrl.chaos import Order
-from tools.chaos.moments import HELLO, LEFT_OUT, LOADING, MESSAGES, MOMENTS, Moment
+from tools.chaos.moments import HELLOS, LEFT_OUT, LOADING, MESSAGES, MOMENTS, ONCE, Moment
 from tools.chaos.spec import Case, Expected, Step
 
 DETOURS = ("lose", "delay", "duplicate", "swap", "drop")
@@ -122,17 +122,23 @@ def _links(*, core: bool) -> Iterator[Case]:
                 # Of each message the loss is in the core, and one more fault; the others follow.
                 first = action == "lose" or shift == 1 + number % (len(DETOURS) - 1)
                 if core == first:
-                    yield _link(role, at, action)
+                    yield from (_link(role, at, action, nth, name) for nth, name in _times(role, at))
 
 
-def _link(role: str, at: str, action: str) -> Case:
-    once = at in HELLO or role == "evaluator" or at == "receive:Retire"
+def _times(role: str, at: str) -> list[tuple[int, str]]:
+    """Which of a life's messages of this kind are hit, and what they are called."""
+    if at in HELLOS:
+        return [(number, f"{at} to {whom}") for number, whom in enumerate(HELLOS[at], start=1)]
+    return [(1 if at in ONCE or role == "evaluator" else 2, at)]
+
+
+def _link(role: str, at: str, action: str, nth: int, name: str) -> Case:
     orders = [
         Order(
             actor=ACTORS.get(role, role),
             at=at,
             action=what,
-            nth=1 if once else 2,
+            nth=nth,
             seconds=0.7 if what == "delay" else 0.0,
         )
         for what in (("drop", "cut") if action == "lose" else (action,))
@@ -140,7 +146,7 @@ def _link(role: str, at: str, action: str) -> Case:
     # No transport loses a message on a connection that lives on: nobody can notice that one, but the stall
     # that follows has a name, and the resumed run finishes.
     expect: Expected = "finish or stall" if action == "drop" else "finish"
-    return Case(name=f"{role}: {action} {at}", role=role, orders=orders, expect=expect)
+    return Case(name=f"{role}: {action} {name}", role=role, orders=orders, expect=expect)
 
 
 def _cuts() -> Iterator[Case]:

@@ -137,6 +137,7 @@ MOMENTS: dict[str, tuple[Moment, ...]] = {
         Moment("a hello comes", "receive:Hello", nth=3),
         Moment("hello taken", "received:Hello", nth=6),
         Moment("all loads", "receive:Telemetry", nth=9),
+        Moment("all are ready", "receive:Telemetry", nth=17),
         Moment("mid-run", "receive:Telemetry", nth=40),
         Moment("last words come", "receive:Exiting"),
     ),
@@ -150,18 +151,20 @@ LOADING = (
 """Moments before an actor is ready: one that is slow there looks like one that loads a model."""
 
 MESSAGES: dict[str, tuple[str, ...]] = {
-    "source": ("send:Issue", "receive:Need"),
-    "evaluator": ("send:EvaluationSeen", "receive:Evaluated"),
+    "source": ("send:Hello", "send:Issue", "receive:Need"),
+    "evaluator": ("send:Hello", "send:EvaluationSeen", "receive:Evaluated"),
     "generator": (
         "send:Hello", "send:Want", "send:Reports", "send:Swapped", "send:Heartbeat", "send:Telemetry",
         "receive:Welcome", "receive:Leases", "receive:Acks", "receive:NewVersion",
     ),
-    "reward": ("send:Want", "send:Scores", "receive:Leases", "receive:Acks"),
+    "reward": ("send:Hello", "send:Want", "send:Scores", "receive:Leases", "receive:Acks"),
     "trainer": (
         "send:Hello", "send:Want", "send:Trained", "send:Published", "send:Saved", "receive:Welcome",
         "receive:BatchPart", "receive:Committed", "receive:Retire", "receive:Finish",
     ),
 }  # fmt: skip
 """Messages of each client's links that are lost, late, repeated or swapped."""
-HELLO = ("send:Hello", "receive:Welcome", "receive:Finish")
-"""Messages of which there is one in a life (two hellos: one to the supervisor)."""
+ONCE = ("receive:Welcome", "receive:Finish", "receive:Retire")
+"""Messages of which there is one in a life."""
+HELLOS = {"send:Hello": ("the supervisor", "the buffer")}
+"""To whom a life's hellos go, in order."""
