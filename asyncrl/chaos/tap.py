@@ -90,13 +90,7 @@ class _Tap(Generic[LinkT]):
         return reading.result()
 
     async def _receive(self) -> Delivery | None:
-        link = self._current
-        try:
-            return await link.recv()
-        except LinkClosed:
-            if link is self._current:
-                raise
-            return None
+        return await self._current.recv()
 
     def _arrive(self, peer: bytes, delivery: Delivery) -> None:
         """A delayed message is there."""
@@ -151,6 +145,10 @@ class TappedClient(_Tap[ClientLink]):
         super().__init__(dial(), life)
         self._dial = dial
         self._former_cuts = 0
+        self._dialled = asyncio.Event()
+        """Clear while the connection is cut; what is sent meanwhile waits, as in a socket that reconnects."""
+        self._dialled.set()
+        self._closing = False
 
     @property
     def cuts(self) -> int:
@@ -163,23 +161,50 @@ class TappedClient(_Tap[ClientLink]):
 
     async def _hand(self, peer: bytes, letter: _Letter) -> None:
         del peer
+        await self._dialled.wait()
         link = self._current
         try:
             await link.send(letter.message, letter.frames)
         except LinkClosed:
             # Lost with the connection that was cut meanwhile; only an end of the link itself is told.
-            if link is self._current:
+            if self._dialled.is_set() and link is self._current:
                 raise
+
+    async def _receive(self) -> Delivery | None:
+        await self._dialled.wait()
+        link = self._current
+        try:
+            return await link.recv()
+        except LinkClosed:
+            if self._dialled.is_set() and link is self._current:
+                raise
+            return None
 
     def _reach(self, kind: str, message: msgspec.Struct, peer: bytes = b"") -> Order | None:
         return self._life.at(kind, message, peer, cut=self._cut)
 
     def _cut(self) -> None:
         """Lose the connection, with what is on its way in it, and dial again under the same identity."""
+        if self._dialled.is_set():
+            self._dialled.clear()
+            self._former_cuts += 1
+            self._keep(self._redial())
+
+    async def _redial(self) -> None:
         old = self._current
-        self._former_cuts += old.cuts + 1
-        self._current = self._dial()
-        self._keep(old.close(linger_s=0.0))
+        # Two connections of one identity at a time are no reconnection: the other end may keep the dead one.
+        try:
+            await old.close(linger_s=0.0)
+            if not self._closing:
+                self._former_cuts += old.cuts
+                self._current = self._dial()
+        finally:
+            self._dialled.set()
+
+    async def close(self, *, linger_s: float = 1.0) -> None:
+        """See `asyncrl.link.base`."""
+        self._closing = True
+        await super().close(linger_s=linger_s)
 
 
 class TappedServer(_Tap[ServerLink]):

@@ -443,6 +443,37 @@ async def test_a_message_is_lost_with_its_connection(tmp_path: Path) -> None:
         assert not await more(server)
 
 
+async def test_a_connection_that_was_cut_is_closed_before_the_next_one_is_dialled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when both are open at once: a ROUTER that meets the dead one last never hears the live one."""
+    hub = Hub()
+    server = bind("tcp://127.0.0.1:0", receives=ToBuffer, hub=hub)
+    alive: set[ClientLink] = set()
+    beside: list[int] = []
+
+    def dial() -> ClientLink:
+        link = connect(server.address, identity=b"generator-0.abc", receives=FromBuffer, hub=hub)
+        close = link.close
+
+        async def closed(*, linger_s: float = 1.0) -> None:
+            await close(linger_s=linger_s)
+            alive.discard(link)
+
+        monkeypatch.setattr(link, "close", closed)
+        beside.append(len(alive))
+        alive.add(link)
+        return link
+
+    client = tapped_client(dial, life(tmp_path, order("send:Heartbeat", "cut")))
+    async with asyncio.timeout(DEADLINE_S):
+        await client.send(beat(1))
+        assert (await server.recv()).message == beat(1)
+        await client.close(linger_s=0)
+        await server.close(linger_s=0)
+    assert (beside, alive) == ([0, 0], set())
+
+
 async def test_moments_come_in_their_order(tmp_path: Path) -> None:
     moments = ["send:Heartbeat", "sent:Heartbeat", "receive:Need", "received:Need"]
     orders = [order(at, "freeze", seconds=1e-9) for at in moments]
